@@ -1,0 +1,246 @@
+"""The recipe: everything that decides what a run computes. YAML in and out; unknown keys are errors."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from compressor.errors import UsageError
+
+BUILT_IN_FOLDER = Path(__file__).parent / "recipes"
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PruningRecipe(_Section):
+    """Which weights become zero.
+
+    ``sparsity`` and ``pattern`` exclude each other; the run needs one of them.
+    """
+
+    method: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
+    sparsity: Share | None = None
+    pattern: Annotated[str, Field(pattern=r"^\s*\d{1,6}:\d{1,6}\s*$")] | None = None
+    update_weights: bool = True  # SparseGPT's own weight update; the other pruners have none
+    ignore: tuple[str, ...] = ()  # beyond lm_head and embeddings, which are never pruned
+    column_block: Count = 128  # SparseGPT: columns per saliency block
+    damping: Positive = 0.01  # SparseGPT: share of the mean Hessian diagonal added to it
+
+    @model_validator(mode="after")
+    def _one_target(self) -> PruningRecipe:
+        if self.sparsity is not None and self.pattern is not None:
+            raise ValueError("sparsity and pattern exclude each other")
+        return self
+
+
+class LearningRateProbe(_Section):
+    """Short trials on held-out windows of the first blocks that choose the learning rate."""
+
+    candidates: tuple[Positive, ...] = Field(default=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), min_length=1)
+    blocks: Count = 2
+    epochs: Count = 2
+
+
+class RecoveryRecipe(_Section):
+    """How the kept weights are repaired, block by block, masks frozen."""
+
+    method: Literal["ebft", "none"] = "ebft"
+    targets: Literal["block", "model"] = "model"  # the dense block on the same inputs, or the dense model's own activations
+    loss: Literal["mse", "normalized"] = "mse"
+    epochs: Count = 10
+    batch_size: Count = 8  # windows per optimiser step
+    lr: Positive | Literal["auto"] = "auto"
+    probe: LearningRateProbe = LearningRateProbe()
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05  # share of all steps
+    max_grad_norm: Positive | None = 1.0
+    selection: Literal["heldout", "last"] = "heldout"  # which step's weights are kept; heldout includes step 0
+
+
+class CalibrationRecipe(_Section):
+    """The text that statistics and repair see."""
+
+    source: str = "python-docs"
+    dataset_config: str | None = None
+    split: str | None = None
+    text_column: str | None = None
+    num_samples: Count = 128
+    seqlen: Count | None = None  # None: min(2048, the model's limit)
+    sampler: Literal["joined", "strict"] = "joined"  # strict: documents longer than the window only, as published
+    heldout: Annotated[float, Field(gt=0, lt=0.5)] = 0.125  # share of windows kept apart for step and learning-rate selection
+
+
+class EvaluationRecipe(_Section):
+    """The text that perplexity is measured on."""
+
+    source: str = "python-docs"
+    dataset_config: str | None = None
+    split: str | None = None
+    text_column: str | None = None
+    max_windows: Count | None = 64
+
+
+class ExportRecipe(_Section):
+    """How the ONNX file is written."""
+
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    encoding: Literal["auto", "dense", "sparse"] = "auto"
+    opset: Annotated[int, Field(ge=18, le=23)] = 18
+
+
+class GatesRecipe(_Section):
+    """Limits that the validator holds the export to; ``None`` takes the default of the weights' dtype, or no gate."""
+
+    max_abs_error: Positive | None = None
+    min_top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_onnx_ppl_drift: NonNegative | None = None  # relative, ONNX against PyTorch sparse
+    max_ppl_increase: NonNegative | None = None  # relative, recovered against dense; no gate unless given
+    min_sparsity: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class Recipe(_Section):
+    """One run's settings, complete. Two equal recipes on equal inputs give equal bytes."""
+
+    pruning: PruningRecipe = PruningRecipe()
+    recovery: RecoveryRecipe = RecoveryRecipe()
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    export: ExportRecipe = ExportRecipe()
+    gates: GatesRecipe = GatesRecipe()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    def digest(self) -> str:
+        """sha256 over the canonical JSON of all settings (hex)."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, every key written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def built_in_recipes() -> dict[str, Path]:
+    """Name and file of each recipe that the package ships."""
+    return {path.stem: path for path in sorted(BUILT_IN_FOLDER.glob("*.yaml"))}
+
+
+def read_recipe(source: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of a file or built-in name, with dotted overrides (``{"recovery.lr": 1e-3}``) on top.
+
+    Args:
+        source: A YAML file, the name of a built-in recipe, or ``None`` for ``default``.
+        overrides: Dotted key to value; a value beats the file, the file beats the defaults. Setting one of
+            ``pruning.sparsity`` and ``pruning.pattern`` clears the other one of the file.
+
+    Raises:
+        UsageError: The file is absent or no YAML mapping, a key is unknown, a value is out of range.
+    """
+    tree = _read_tree("default" if source is None else source)
+    overrides = dict(overrides or {})
+    if "pruning.sparsity" in overrides and "pruning.pattern" in overrides:
+        raise UsageError(
+            "E-SPARSITY-AND-PATTERN", "sparsity and pattern exclude each other", "give --sparsity or --pattern, not both"
+        )
+    for key, other in (("pruning.sparsity", "pattern"), ("pruning.pattern", "sparsity")):
+        if key in overrides and isinstance(tree.get("pruning"), dict):
+            tree["pruning"].pop(other, None)
+    for key, value in overrides.items():
+        _set_dotted(tree, key, value)
+    return parse_recipe(tree, origin=str(source or "default"))
+
+
+def parse_recipe(tree: Mapping[str, Any], origin: str = "recipe") -> Recipe:
+    """The recipe of a nested mapping.
+
+    Raises:
+        UsageError: A key is unknown (the nearest known one is named) or a value is out of range.
+    """
+    try:
+        return Recipe.model_validate(dict(tree))
+    except ValidationError as error:
+        raise _usage_error(error, origin) from None
+
+
+def _read_tree(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if not path.is_file():
+        known = built_in_recipes()
+        if str(source) not in known:
+            near = difflib.get_close_matches(str(source), known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(
+                "E-RECIPE-NOT-FOUND",
+                f"no recipe file or built-in recipe named {source}",
+                f"{hint}built-in recipes: {', '.join(known)}",
+            )
+        path = known[str(source)]
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        first = " ".join(str(error).split())
+        raise UsageError("E-RECIPE-SYNTAX", f"{path.name} is not plain YAML: {first}", "mend the file; tags are not allowed") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UsageError(
+            "E-RECIPE-SYNTAX", f"{path.name} must be a mapping of sections, got {type(tree).__name__}", "start from recipes/default.yaml"
+        )
+    return tree
+
+
+def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise UsageError("E-RECIPE-KEY", f"{key}: {section} is not a section of the recipe", "see recipes/default.yaml for the keys")
+        node = child
+    node[leaf] = value
+
+
+def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that a recipe can have, sections included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from recipe_keys(annotation, f"{prefix}{name}.")
+
+
+def _usage_error(error: ValidationError, origin: str) -> UsageError:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = list(recipe_keys())
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        tails = difflib.get_close_matches(key.rpartition(".")[2], [k.rpartition(".")[2] for k in known], n=1)
+        if tails:
+            near = [k for k in known if k.rpartition(".")[2] == tails[0]] or near
+        return UsageError("E-RECIPE-KEY", f"{origin}: unknown key {key}", f"did you mean {near[0]}?")
+    if key == "pruning.sparsity":
+        return UsageError(
+            "E-SPARSITY-RANGE",
+            f"{origin}: sparsity must be between 0 and 1, both excluded; got {first['input']}",
+            "give a share such as 0.5 for 50 %",
+        )
+    return UsageError(
+        "E-RECIPE-VALUE", f"{origin}: {key}: {first['msg']}; got {first['input']!r}", "see recipes/default.yaml for each key's range"
+    )
