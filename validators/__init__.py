@@ -1,0 +1,1 @@
+"""ONNX files in, verdict out: structure, parity, perplexity. Knows nothing of pruning."""
