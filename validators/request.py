@@ -37,7 +37,8 @@ class ValidationRequest:
         provider: "auto" (CUDA where it works, else CPU), or an execution provider's name, such as
             "CPUExecutionProvider", "CPU" or "cuda".
         time_limit_s: The child is stopped after this long.
-        memory_limit_bytes: The child is stopped when its resident memory passes this; None: what is available.
+        memory_limit_bytes: The child is stopped when its resident memory passes this; None: all that is
+            available.
     """
 
     model_path: str
@@ -51,7 +52,7 @@ class ValidationRequest:
     known_perplexity: Mapping[str, float | None] = field(default_factory=dict)
     dense_factory: str | None = None
     dense_arguments: Mapping[str, Any] = field(default_factory=dict)
-    gates: Gates = Gates()
+    gates: Gates = field(default_factory=Gates)
     require: tuple[str, ...] = ()
     structure_only: bool = False
     provider: str = "auto"
