@@ -1,0 +1,73 @@
+"""What a block's repair sees, and what it tells when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compressor.streams import Activations
+
+
+@dataclass(frozen=True)
+class BlockIO:
+    """Inputs and wanted outputs of one block, for training windows and for held-out ones.
+
+    Attributes:
+        inputs: What the sparse blocks before this one give, (N, T, D).
+        targets: The wanted output, (N, T, D).
+        heldout_inputs: The same for windows that only select, (H, T, D).
+        heldout_targets: (H, T, D).
+        forward: Runs the block as the model would: (block, (B, T, D)) -> (B, T, D).
+        device: Where the block is.
+        amp_dtype: bfloat16 or float16 for mixed precision, ``None`` for float32.
+    """
+
+    inputs: Activations
+    targets: Activations
+    heldout_inputs: Activations
+    heldout_targets: Activations
+    forward: Callable[[nn.Module, Tensor], Tensor]
+    device: torch.device
+    amp_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """How a repair went. Losses are mean squared errors of the block's output, over all windows, tokens and channels.
+
+    Attributes:
+        loss_before: Held-out loss of the masked block as it came (step 0).
+        loss_after: Held-out loss of the weights that were kept.
+        target_power: Mean square of the held-out targets; loss / target_power is the relative loss.
+        train_loss_first: Training loss averaged over the first epoch; ``None`` if it diverged there.
+        train_loss_last: The same over the last finite epoch.
+        best_step: The step whose weights were kept; 0 means that no step was better than none.
+        steps: Optimiser steps made.
+        lr: Peak learning rate.
+        diverged: Whether a loss became NaN or infinite and the repair stopped there.
+        elapsed_s: Wall time.
+    """
+
+    loss_before: float
+    loss_after: float
+    target_power: float
+    train_loss_first: float | None
+    train_loss_last: float | None
+    best_step: int
+    steps: int
+    lr: float
+    diverged: bool
+    elapsed_s: float
+
+    @property
+    def relative_before(self) -> float:
+        """``loss_before`` as a share of the targets' mean square."""
+        return self.loss_before / self.target_power if self.target_power else 0.0
+
+    @property
+    def relative_after(self) -> float:
+        """``loss_after`` as a share of the targets' mean square."""
+        return self.loss_after / self.target_power if self.target_power else 0.0

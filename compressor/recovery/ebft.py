@@ -1,0 +1,201 @@
+"""EBFT: the kept weights of one block, tuned until the sparse block answers like the dense one.
+
+Source: Guo et al., "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs", arXiv 2402.12419, equation 3:
+
+    min_W  mean( (f(X; M * W) - Y)^2 ),   M frozen
+
+``X`` (B, T, D) are hidden states that came through the blocks already made sparse; ``Y`` is what the dense block makes
+of the same ``X`` (the paper), or what the dense model has at this place (arXiv 2406.15524, global propagation).
+Deviations, with their measured effect in docs/benchmarks.md: the weights kept are those of the best held-out step, step
+0 included; gradients are clipped in true units; the learning rate is chosen by trial (``lr_probe``).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import InputRefused
+from compressor.recipe import RecoveryRecipe
+from compressor.recovery.block_io import BlockIO, Repaired
+from compressor.recovery.frozen_masks import FrozenMasks
+from compressor.recovery.heldout import BestWeights, heldout_loss, mean_square
+from compressor.recovery.precision import Stepper, autocast, deterministic
+from compressor.recovery.schedule import learning_rate_factor
+from compressor.sparsity import Mask
+from compressor.streams import prefetched, shuffled
+
+ROUTERS = {
+    "gate",
+    "router",
+}  # modules that choose experts: their choice is discrete, a block's loss cannot teach it
+
+
+def repair(
+    block: nn.Module,
+    masks: Mapping[str, Mask],
+    io: BlockIO,
+    recipe: RecoveryRecipe,
+    *,
+    lr: float,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Repaired:
+    """Tunes ``block`` in place (float32) with its masks frozen; says what it brought.
+
+    Args:
+        block: On ``io.device``. Masked weights are set to 0 first, whatever they hold.
+        masks: Parameter path in the block -> bool mask of the parameter's shape, ``True`` = kept.
+        io: Training and held-out windows.
+        recipe: Epochs, batch size, optimiser, schedule, loss and selection.
+        lr: Peak learning rate.
+        seed: Of the order of the windows; same seed and device, same weights bit for bit.
+        progress: Called after each step with (steps made, steps in all).
+
+    Raises:
+        InputRefused: No windows to train on or to select by, or a loss that is NaN or infinite before the first step.
+        ReportedError: A masked weight moved (a fault of the program).
+    """
+    started = time.perf_counter()
+    _check_windows(io)
+    frozen = FrozenMasks(block, masks)
+    frozen.zero_weights()
+    power = mean_square(io.heldout_targets)
+    before = heldout_loss(block, io, recipe.batch_size)
+    if not math.isfinite(before) or not math.isfinite(power):
+        raise InputRefused(
+            "E-LOSS-NONFINITE",
+            "a block's output is NaN or infinite before its repair has begun",
+            "compute in float32 with --device cpu, or check the calibration text and the model's weights",
+        )
+    weights = trained_weights(block)
+    best = BestWeights(weights, before)
+    with _trainable(weights), deterministic(io.device):
+        course = _train(block, weights, frozen, io, recipe, best, lr=lr, seed=seed, progress=progress)
+    keep_best = recipe.selection == "heldout" or course.diverged
+    if keep_best:
+        best.restore()
+    frozen.verify()
+    return Repaired(
+        loss_before=before,
+        loss_after=best.loss if keep_best else course.heldout,
+        target_power=power,
+        train_loss_first=course.train[0] if course.train else None,
+        train_loss_last=course.train[-1] if course.train else None,
+        best_step=best.step if keep_best else course.steps,
+        steps=course.steps,
+        lr=lr,
+        diverged=course.diverged,
+        elapsed_s=time.perf_counter() - started,
+    )
+
+
+def trained_weights(block: nn.Module) -> list[nn.Parameter]:
+    """Every floating parameter of the block but the routers': linears, experts, biases, norm gains."""
+    return [
+        weight
+        for name, weight in block.named_parameters()
+        if weight.is_floating_point() and not set(name.split(".")[:-1]) & ROUTERS
+    ]
+
+
+def reconstruction_loss(output: Tensor, target: Tensor, scale: float = 1.0) -> Tensor:
+    """scale * mean((output - target)^2) over B * T * D, in float32."""
+    return scale * torch.nn.functional.mse_loss(output.float(), target)
+
+
+@dataclass
+class _Course:
+    """What training went through: losses per epoch, the last held-out loss, steps made."""
+
+    train: list[float] = field(default_factory=list)
+    heldout: float = math.nan
+    steps: int = 0
+    diverged: bool = False
+
+
+def _train(
+    block: nn.Module,
+    weights: list[nn.Parameter],
+    frozen: FrozenMasks,
+    io: BlockIO,
+    recipe: RecoveryRecipe,
+    best: BestWeights,
+    *,
+    lr: float,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+) -> _Course:
+    """Runs all epochs, offering the weights after each one to ``best``; the host waits for the device once an epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(
+        weights,
+        lr=lr,
+        betas=(recipe.beta1, recipe.beta2),
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+    stepper = Stepper(optimizer, weights, io, recipe.max_grad_norm)
+    scale = loss_scale(recipe, io)
+    windows = len(io.inputs)
+    total = recipe.epochs * math.ceil(windows / recipe.batch_size)
+    course = _Course()
+    for _ in range(recipe.epochs):
+        summed = torch.zeros((), dtype=torch.float64, device=io.device)
+        for hidden, target in prefetched(
+            [io.inputs, io.targets], shuffled(windows, recipe.batch_size, generator)
+        ):
+            with autocast(io):
+                output = io.forward(block, hidden)
+            loss = reconstruction_loss(output, target, scale)
+            stepper.backward(loss)
+            frozen.zero_gradients()
+            stepper.step(lr * learning_rate_factor(course.steps, total, recipe.schedule, recipe.warmup))
+            summed += loss.detach() * (len(hidden) / windows / scale)
+            course.steps += 1
+            if progress is not None:
+                progress(course.steps, total)
+        course.heldout = heldout_loss(block, io, recipe.batch_size)
+        train = float(summed)
+        if not math.isfinite(train) or not math.isfinite(course.heldout):
+            course.diverged = True
+            break
+        course.train.append(train)
+        best.offer(course.heldout, course.steps)
+    return course
+
+
+def loss_scale(recipe: RecoveryRecipe, io: BlockIO) -> float:
+    """1, or 1 / mean(target^2) over the training windows for the normalised loss (arXiv 2310.06927, per block)."""
+    power = mean_square(io.targets) if recipe.loss == "normalized" else 1.0
+    return 1.0 / power if power > 0 else 1.0
+
+
+def _check_windows(io: BlockIO) -> None:
+    if len(io.inputs) == 0 or len(io.heldout_inputs) == 0:
+        raise InputRefused(
+            "E-CALIBRATION-SHORT",
+            f"repair needs windows to train on and to select by; got {len(io.inputs)} and {len(io.heldout_inputs)}",
+            "give more calibration text, or a shorter --seqlen",
+        )
+
+
+@contextmanager
+def _trainable(weights: list[nn.Parameter]) -> Iterator[None]:
+    """Gradients on for these weights while inside; off and forgotten after."""
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for weight in weights:
+            weight.grad = None
+            weight.requires_grad_(False)

@@ -1,0 +1,74 @@
+"""Mixed precision and determinism of a repair: float32 master weights always, autocast where the block asks for it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from compressor.recovery.block_io import BlockIO
+
+
+def autocast(io: BlockIO) -> torch.autocast:
+    """The context in which the block's forward runs: the block's ``amp_dtype``, or plain float32."""
+    return torch.autocast(io.device.type, dtype=io.amp_dtype, enabled=io.amp_dtype is not None)
+
+
+class Stepper:
+    """Backward, clip and step in the right order: the gradient is unscaled before it is clipped.
+
+    Only float16 needs a loss scale; bfloat16 has float32's range. The published EBFT code clips scaled gradients, which
+    shrinks every update (see recipes/ebft-paper.yaml).
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, parameters: list[nn.Parameter], io: BlockIO, max_grad_norm: float | None
+    ) -> None:
+        self._optimizer = optimizer
+        self._parameters = parameters
+        self._max_grad_norm = max_grad_norm
+        self._scaler = torch.amp.GradScaler(io.device.type, enabled=io.amp_dtype == torch.float16)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of ``loss``, in true units."""
+        self._scaler.scale(loss).backward()
+        self._scaler.unscale_(self._optimizer)
+
+    def step(self, lr: float) -> None:
+        """Clip, update the weights with this learning rate, forget the gradients."""
+        if self._max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Ask CUDA kernels for a fixed order of summation while inside (the CPU's have one); restored after."""
+    if device.type != "cuda":
+        yield
+        return
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # only slows; nothing here reads memory before it is written
+    )
+    try:
+        with warnings.catch_warnings():
+            # cuBLAS asks for a workspace setting that only matters with several compute streams; here is one.
+            warnings.filterwarnings("ignore", message=".*[Dd]eterministic", category=UserWarning)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -1,0 +1,145 @@
+"""What flows between blocks: hidden states of the calibration windows, in host memory.
+
+Notation: N windows, T tokens each, hidden width D, B windows in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Activations:
+    """Hidden states of N windows, (N, T, D), in host memory; page-locked for CUDA so that copies run beside computation.
+
+    Attributes:
+        states: The store itself, (N, T, D).
+        device: Where batches are wanted.
+    """
+
+    def __init__(
+        self,
+        windows: int,
+        seqlen: int,
+        hidden: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.states = _host_memory((windows, seqlen, hidden), dtype, pinned=self.device.type == "cuda")
+
+    @classmethod
+    def filled(
+        cls, hidden: Tensor, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Activations:
+        """A store that holds a copy of ``hidden`` (N, T, D)."""
+        windows, seqlen, width = hidden.shape
+        made = cls(windows, seqlen, width, dtype=dtype, device=device)
+        made.write(0, hidden)
+        return made
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, T, D)."""
+        return self.states.shape
+
+    @property
+    def size_bytes(self) -> int:
+        """Host memory that the store takes."""
+        return self.states.numel() * self.states.element_size()
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def write(self, start: int, hidden: Tensor) -> None:
+        """Set the windows from ``start`` on to ``hidden`` (B, T, D); the copy is complete when this returns."""
+        self.states[start : start + len(hidden)] = hidden.detach().to(self.states.dtype)
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """The windows ``rows`` as (B, T, D) float32 on the device.
+
+        Row by row, since each window is one contiguous stretch: from page-locked memory a row needs no gathering on
+        the host and its copy does not block.
+        """
+        if self.device.type == "cpu":
+            return self.states[list(rows)].float()
+        batch = torch.empty((len(rows), *self.shape[1:]), dtype=self.states.dtype, device=self.device)
+        for place, row in enumerate(rows):
+            batch[place].copy_(self.states[row], non_blocking=True)
+        return batch.float()
+
+    def map(
+        self, step: Callable[[Tensor], Tensor], batch_size: int, out: Activations | None = None
+    ) -> Activations:
+        """``step`` applied to every batch (B, T, D) -> (B, T, D), written to ``out`` or in place; returns that store."""
+        target = self if out is None else out
+        batches = in_order(len(self), batch_size)
+        with torch.no_grad():
+            for rows, (hidden,) in zip(batches, prefetched([self], batches), strict=True):
+                target.write(rows.start, step(hidden))
+        return target
+
+
+def in_order(windows: int, batch_size: int) -> list[range]:
+    """Row ranges of consecutive batches; the last one may be shorter."""
+    return [range(start, min(start + batch_size, windows)) for start in range(0, windows, batch_size)]
+
+
+def shuffled(windows: int, batch_size: int, generator: torch.Generator) -> list[list[int]]:
+    """Row lists of one epoch in random order; every window once, the last batch may be shorter."""
+    order = torch.randperm(windows, generator=generator).tolist()
+    return [order[rows.start : rows.stop] for rows in in_order(windows, batch_size)]
+
+
+def prefetched(
+    stores: Sequence[Activations], batches: Iterable[Sequence[int]]
+) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of several stores, batch after batch; on CUDA the next batch travels while one is being used."""
+    if stores[0].device.type != "cuda":
+        for rows in batches:
+            yield tuple(store.read(rows) for store in stores)
+        return
+    yield from _prefetched_cuda(stores, batches)
+
+
+def _prefetched_cuda(
+    stores: Sequence[Activations], batches: Iterable[Sequence[int]]
+) -> Iterator[tuple[Tensor, ...]]:
+    side = torch.cuda.Stream(stores[0].device)
+    main = torch.cuda.current_stream(stores[0].device)
+
+    def fetch(rows: Sequence[int]) -> tuple[tuple[Tensor, ...], torch.cuda.Event]:
+        with torch.cuda.stream(side):
+            fetched = tuple(store.read(rows) for store in stores)
+            return fetched, side.record_event()
+
+    ahead = None
+    for rows in batches:
+        ready, ahead = ahead, fetch(rows)
+        if ready is not None:
+            yield _arrived(ready, main)
+    if ahead is not None:
+        yield _arrived(ahead, main)
+
+
+def _arrived(
+    fetched: tuple[tuple[Tensor, ...], torch.cuda.Event], main: torch.cuda.Stream
+) -> tuple[Tensor, ...]:
+    batch, event = fetched
+    main.wait_event(event)
+    for hidden in batch:
+        hidden.record_stream(main)  # the allocator must not hand it out again while the main stream reads it
+    return batch
+
+
+def _host_memory(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
+    """Uninitialised host memory; pageable where the system grants no page-locked memory (correct, only slower)."""
+    if pinned:
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError:
+            pass
+    return torch.empty(shape, dtype=dtype)
