@@ -1,0 +1,60 @@
+"""Blockpress: a language model in, a smaller and proven sparse ONNX model out.
+
+    from compressor import compress, read_recipe
+
+    result = compress("examples/tiny-llm", "sparse.onnx", read_recipe(None, {"pruning.sparsity": 0.5}))
+
+Names are loaded on first use, so importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressor.exporting import export
+    from compressor.pipeline import CompressionResult, compress
+    from compressor.recipe import Recipe, read_recipe
+    from compressor.validation import validate_export as validate
+    from exporters.errors import ReportedError
+    from exporters.inspect import inspect_model as inspect
+
+__all__ = [
+    "CompressionResult",
+    "Recipe",
+    "ReportedError",
+    "compress",
+    "export",
+    "inspect",
+    "read_recipe",
+    "validate",
+]
+
+_HOMES = {
+    "CompressionResult": ("compressor.pipeline", "CompressionResult"),
+    "Recipe": ("compressor.recipe", "Recipe"),
+    "ReportedError": ("exporters.errors", "ReportedError"),
+    "compress": ("compressor.pipeline", "compress"),
+    "export": ("compressor.exporting", "export"),
+    "inspect": ("exporters.inspect", "inspect_model"),
+    "read_recipe": ("compressor.recipe", "read_recipe"),
+    "validate": ("compressor.validation", "validate_export"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public name from the module it lives in, or the version of the installed distribution."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("blockpress")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,21 @@
+"""Every test runs with one torch thread, no network and a cache folder of its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded; the tests run side by side
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which this test's locks and logs lie."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("BLOCKPRESS_CACHE", str(folder))
+    return folder
