@@ -1,8 +1,8 @@
 """The manifest of an export: its files with their hashes, and one row per weight.
 
-It goes beside the model, is named by its digest in the report, and is checked before anything else opens the
-model: a mutated ONNX file often still loads and computes other numbers. It detects corruption, not an attacker:
-nothing is signed. No times and no absolute paths stand in it, so that equal runs give equal bytes.
+It goes beside the model, is named by its digest in the report, and is checked before anything else opens
+the model: a mutated ONNX file often still loads and computes other numbers. It detects corruption, not an
+attacker: nothing is signed. No times and no absolute paths stand in it, so equal runs give equal bytes.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class TensorRow:
         shape: Shape as stored in the graph.
         dtype: Numpy's name of the stored type: float32, float16, bfloat16, int8, …
         transposed: Whether the graph stores the parameter with its last two axes swapped.
-        input_axis: Axis along which the inputs of the linear run (-1 or -2); None where the graph does not tell.
+        input_axis: Axis along which the linear's inputs run (-1 or -2); None where the graph does not tell.
         pruned: Whether pruning put its zeros there.
         nnz: Stored elements that are not zero.
         encoding: How it is stored.
         mask_sha256: Digest of the packed non-zero pattern (C order of ``shape``, see exporters.masks); None
             without zeros.
-        bytes_by_encoding: Exact bytes in the files for ``dense`` and ``sparse``, and for ``bitmask`` (one bit per
-            weight and the non-zero values; for information, no file uses it). What is not possible is absent.
+        bytes_by_encoding: Exact bytes in the files for ``dense`` and ``sparse``, and for ``bitmask`` (one bit
+            per weight and the non-zero values; for information). What is not possible is absent.
         stored_bytes: Bytes in the files for the encoding that was used.
     """
 
@@ -143,8 +143,8 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest in ``path``, its own digest checked.
 
     Raises:
-        ExportError: E-MANIFEST-MISSING, E-MANIFEST-UNREADABLE (no manifest in form), E-MANIFEST-SCHEMA (another
-            version), E-MANIFEST-DIGEST (altered after it was written).
+        ExportError: E-MANIFEST-MISSING, E-MANIFEST-UNREADABLE (no manifest in form), E-MANIFEST-SCHEMA
+            (another version), E-MANIFEST-DIGEST (altered after it was written).
     """
     content = _read_json(path)
     if content.get("schema") != SCHEMA:

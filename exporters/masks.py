@@ -1,8 +1,8 @@
 """Masks in a file: one bit per weight, in a safetensors file that any tool can open.
 
-For each full parameter name the file holds a uint8 vector: ``numpy.packbits`` of the flattened (C order) bool mask,
-first weight in the lowest bit. The shapes stand in the header under the key ``shapes`` as one JSON object (one key,
-because safetensors writes several in no fixed order and equal masks must give equal bytes).
+For each full parameter name the file holds a uint8 vector: ``numpy.packbits`` of the flattened (C order) bool
+mask, first weight in the lowest bit. The shapes stand in the header under the key ``shapes`` as one JSON
+object (one key: safetensors writes several in no fixed order, and equal masks must give equal bytes).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def nonzero_mask(values: NDArray[np.generic]) -> BoolArray:
 
 
 def write_masks(path: Path, masks: Mapping[str, BoolArray | PackedMask]) -> None:
-    """Write masks by full parameter name, in the parameter's shape, to ``path``. Equal masks give equal bytes."""
+    """Write masks, by full parameter name, to ``path``. Equal masks give equal bytes."""
     packed = {name: mask if isinstance(mask, PackedMask) else pack_mask(mask) for name, mask in masks.items()}
     shapes = {name: list(packed[name].shape) for name in sorted(packed)}
     save_file({name: packed[name].bits for name in shapes}, path, metadata={"shapes": json.dumps(shapes)})
