@@ -1,7 +1,7 @@
 """What pruners know of a linear's inputs: sums over calibration tokens that can be merged.
 
-Notation: ``X`` is a batch of inputs, (tokens, in). Every statistic is a plain sum over tokens, so two statistics of
-disjoint tokens merge by addition, in any order.
+Notation: ``X`` is a batch of inputs, (tokens, in). Every statistic is a plain sum over tokens, so two statistics
+of disjoint tokens merge by addition, in any order.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ class Statistic(ABC):
         self.tokens = 0
         self._sum = torch.zeros(self.shape(in_features), dtype=torch.float32, device=device)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(in_features={self.in_features}, tokens={self.tokens})"
+
     @staticmethod
     @abstractmethod
     def shape(in_features: int) -> tuple[int, ...]:
@@ -41,7 +45,7 @@ class Statistic(ABC):
 
     def add(self, X: Tensor) -> None:
         """Add the tokens ``X`` (..., in), any floating dtype."""
-        X = self._as_tokens(X)
+        X = self.as_tokens(X)
         self.add_part(self.of(X), len(X))
 
     def add_part(self, part: Tensor, tokens: int) -> None:
@@ -52,9 +56,7 @@ class Statistic(ABC):
     def merge(self, other: Statistic) -> None:
         """Add the sum of another statistic of the same kind and width."""
         if type(other) is not type(self) or other.in_features != self.in_features:
-            raise ValueError(
-                f"cannot merge {type(other).__name__}({other.in_features}) into {type(self).__name__}({self.in_features})"
-            )
+            raise ValueError(f"cannot merge {other!r} into {self!r}")
         self.add_part(other._sum, other.tokens)
 
     def check_finite(self, name: str) -> None:
@@ -70,7 +72,8 @@ class Statistic(ABC):
                 "check the model's weights, or run with --device cpu to compute in float32",
             )
 
-    def _as_tokens(self, X: Tensor) -> Tensor:
+    def as_tokens(self, X: Tensor) -> Tensor:
+        """``X`` (..., in) as (tokens, in) float32."""
         if X.shape[-1] != self.in_features:
             raise ValueError(f"expected inputs of width {self.in_features}, got {tuple(X.shape)}")
         return X.detach().reshape(-1, self.in_features).float()
@@ -127,7 +130,7 @@ class BlockStatistics:
         self, kind: type[Statistic], in_features: Mapping[str, int], device: torch.device | str = "cpu"
     ) -> None:
         self._statistics = {name: kind(width, device) for name, width in in_features.items()}
-        self._last: tuple[Tensor, int, Tensor] | None = None  # inputs, their version, their contribution
+        self._last: _Contribution | None = None
 
     def __getitem__(self, name: str) -> Statistic:
         return self._statistics[name]
@@ -135,31 +138,36 @@ class BlockStatistics:
     def receive(self, name: str, X: Tensor) -> None:
         """Add the inputs ``X`` (..., in) of the matrix ``name``."""
         statistic = self._statistics[name]
-        part = self._part_of(X)
-        if part is None:
-            part = statistic.of(statistic._as_tokens(X))
-            self._last = (X, X._version, part)
-        statistic.add_part(part, X.numel() // statistic.in_features)
+        if self._last is None or not self._last.is_of(X):
+            self._last = _Contribution(X, X._version, statistic.of(statistic.as_tokens(X)))
+        statistic.add_part(self._last.part, X.numel() // statistic.in_features)
 
     def finish(self) -> None:
-        """Let go of the last batch that is held for sharing."""
+        """Let go of the last batch, which is held for sharing."""
         self._last = None
 
-    def _part_of(self, X: Tensor) -> Tensor | None:
-        """The contribution of the last batch if ``X`` is that batch (q, k and v are fed by one tensor)."""
-        if self._last is None:
-            return None
-        last, version, part = self._last
-        # The held reference keeps the storage alive, so an equal address means the same values.
-        same_place = last.data_ptr() == X.data_ptr() and last.dtype == X.dtype and last.device == X.device
-        same_view = (
-            last.numel() == X.numel()
-            and last.shape[-1] == X.shape[-1]
-            and last.is_contiguous()
-            and X.is_contiguous()
-        )
+
+@dataclass(frozen=True)
+class _Contribution:
+    """What one batch of inputs adds; q, k and v are fed by one tensor and add the same."""
+
+    X: Tensor
+    version: int  # counts writes into the tensor
+    part: Tensor
+
+    def is_of(self, X: Tensor) -> bool:
+        """Whether ``X`` is the same memory, seen the same way, unchanged since.
+
+        ``self.X`` keeps that memory from being reused, so an equal address means equal values.
+        """
         return (
-            part if same_place and same_view and X._version == version and last._version == version else None
+            self.X.data_ptr() == X.data_ptr()
+            and (self.X.device, self.X.dtype) == (X.device, X.dtype)
+            and self.X.shape[-1] == X.shape[-1]
+            and self.X.numel() == X.numel()
+            and self.X.is_contiguous()
+            and X.is_contiguous()
+            and self.version == self.X._version == X._version
         )
 
 

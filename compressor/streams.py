@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Activations:
-    """Hidden states of N windows, (N, T, D), in host memory; page-locked for CUDA so that copies run beside computation.
+    """Hidden states of N windows, (N, T, D), in host memory; page-locked for CUDA, so that copies do not block.
 
     Attributes:
         states: The store itself, (N, T, D).
@@ -59,9 +59,9 @@ class Activations:
         self.states[start : start + len(hidden)] = hidden.detach().to(self.states.dtype)
 
     def read(self, rows: Sequence[int]) -> Tensor:
-        """The windows ``rows`` as (B, T, D) float32 on the device.
+        """A copy of the windows ``rows``, (B, T, D) float32, on the device.
 
-        Row by row, since each window is one contiguous stretch: from page-locked memory a row needs no gathering on
+        Row by row, since each window is one contiguous stretch: from page-locked memory it needs no gathering on
         the host and its copy does not block.
         """
         if self.device.type == "cpu":
@@ -74,7 +74,7 @@ class Activations:
     def map(
         self, step: Callable[[Tensor], Tensor], batch_size: int, out: Activations | None = None
     ) -> Activations:
-        """``step`` applied to every batch (B, T, D) -> (B, T, D), written to ``out`` or in place; returns that store."""
+        """``step``, (B, T, D) -> (B, T, D), applied to all windows, into ``out`` or in place; that store."""
         target = self if out is None else out
         batches = in_order(len(self), batch_size)
         with torch.no_grad():
@@ -97,7 +97,7 @@ def shuffled(windows: int, batch_size: int, generator: torch.Generator) -> list[
 def prefetched(
     stores: Sequence[Activations], batches: Iterable[Sequence[int]]
 ) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of several stores, batch after batch; on CUDA the next batch travels while one is being used."""
+    """The same rows of several stores, batch after batch; on CUDA the next one travels while one is used."""
     if stores[0].device.type != "cuda":
         for rows in batches:
             yield tuple(store.read(rows) for store in stores)
@@ -136,7 +136,7 @@ def _arrived(
 
 
 def _host_memory(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
-    """Uninitialised host memory; pageable where the system grants no page-locked memory (correct, only slower)."""
+    """Uninitialised host memory; pageable where the system grants no page-locked one (correct, only slower)."""
     if pinned:
         try:
             return torch.empty(shape, dtype=dtype, pin_memory=True)

@@ -1,6 +1,6 @@
-"""The contract of a pruner, and what all pruners share: the choice of the k lowest scores, the checks of their inputs.
+"""The contract of a pruner, and what pruners share: the choice of the k lowest scores, the checks of their inputs.
 
-Notation: ``W`` is a weight matrix (out, in), ``S`` its scores of the same shape, a mask is bool and ``True`` means kept.
+Notation: ``W`` is a weight matrix (out, in), ``S`` its scores of the same shape; a mask is bool, ``True`` = kept.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Pruner(Protocol):
         """The pruned copy of ``W`` (out, in), float32; ``W`` itself is not changed.
 
         Raises:
-            InputRefused: NaN or infinity in the weights or the statistic, or inputs that the pattern does not divide.
+            InputRefused: NaN or infinity in the weights or the statistic; inputs that the pattern does not divide.
         """
         ...
 
@@ -92,9 +92,10 @@ def without(W: Tensor, mask: Mask) -> Tensor:
 
 
 def lowest(S: Tensor, count: int) -> Tensor:
-    """Where the ``count`` lowest scores of each row are, (rows, columns) bool; of equal scores the first ones.
+    """Where the ``count`` lowest scores of each row are, (rows, columns) bool; of equal ones the first.
 
-    Exactly ``count`` per row: a stable sort's choice in linear time, by the count-th value and a running count of its ties.
+    Exactly ``count`` per row. It is a stable sort's choice, in linear time: by the count-th lowest value and a
+    running count of its ties.
     """
     if count <= 0:
         return torch.zeros_like(S, dtype=torch.bool)
@@ -109,6 +110,7 @@ def lowest(S: Tensor, count: int) -> Tensor:
 
 
 def lowest_in_groups(S: Tensor, pattern: SparsityPattern) -> Tensor:
-    """Where the m - n lowest scores of each group of m consecutive inputs are, (out, in) bool. ``S``: (out, in)."""
-    assert pattern.n is not None and pattern.m is not None
+    """Where the m - n lowest of each group of m consecutive inputs are, (out, in) bool. ``S``: (out, in)."""
+    assert pattern.n is not None
+    assert pattern.m is not None
     return lowest(S.reshape(-1, pattern.m), pattern.m - pattern.n).view(S.shape)

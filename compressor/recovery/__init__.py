@@ -1,4 +1,4 @@
-"""The recoveries, one line each: recipe name to the function that repairs one block, or ``None`` for no repair."""
+"""The recoveries, one line each: recipe name to the function that repairs a block, or ``None`` for no repair."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class BlockIO:
 
 @dataclass(frozen=True)
 class Repaired:
-    """How a repair went. Losses are mean squared errors of the block's output, over all windows, tokens and channels.
+    """How a repair went. Losses are mean squared errors of the block's output: windows, tokens, channels.
 
     Attributes:
         loss_before: Held-out loss of the masked block as it came (step 0).

@@ -1,13 +1,14 @@
 """EBFT: the kept weights of one block, tuned until the sparse block answers like the dense one.
 
-Source: Guo et al., "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs", arXiv 2402.12419, equation 3:
+Source: Guo et al., "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs", arXiv
+2402.12419, equation 3:
 
     min_W  mean( (f(X; M * W) - Y)^2 ),   M frozen
 
-``X`` (B, T, D) are hidden states that came through the blocks already made sparse; ``Y`` is what the dense block makes
-of the same ``X`` (the paper), or what the dense model has at this place (arXiv 2406.15524, global propagation).
-Deviations, with their measured effect in docs/benchmarks.md: the weights kept are those of the best held-out step, step
-0 included; gradients are clipped in true units; the learning rate is chosen by trial (``lr_probe``).
+``X`` (B, T, D) are hidden states that came through the blocks already made sparse; ``Y`` is what the dense block
+makes of the same ``X`` (the paper), or what the dense model has at this place (arXiv 2406.15524, "global
+propagation"). Deviations, with their measured effect in docs/benchmarks.md: the weights kept are those of the best
+held-out step, step 0 included; gradients are clipped in true units; the learning rate is chosen by trial (lr_probe).
 """
 
 from __future__ import annotations
@@ -31,10 +32,8 @@ from compressor.recovery.schedule import learning_rate_factor
 from compressor.sparsity import Mask
 from compressor.streams import prefetched, shuffled
 
-ROUTERS = {
-    "gate",
-    "router",
-}  # modules that choose experts: their choice is discrete, a block's loss cannot teach it
+# Modules that choose experts are left alone: their choice is discrete, so a block's loss gives them no direction.
+ROUTERS = {"gate", "router"}
 
 
 def repair(
@@ -59,7 +58,7 @@ def repair(
         progress: Called after each step with (steps made, steps in all).
 
     Raises:
-        InputRefused: No windows to train on or to select by, or a loss that is NaN or infinite before the first step.
+        InputRefused: No windows to train on or to select by; a loss that is NaN or infinite before the first step.
         ReportedError: A masked weight moved (a fault of the program).
     """
     started = time.perf_counter()
@@ -132,26 +131,17 @@ def _train(
     seed: int,
     progress: Callable[[int, int], None] | None,
 ) -> _Course:
-    """Runs all epochs, offering the weights after each one to ``best``; the host waits for the device once an epoch."""
+    """Runs all epochs and offers the weights after each to ``best``; waits for the device once an epoch."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(
-        weights,
-        lr=lr,
-        betas=(recipe.beta1, recipe.beta2),
-        eps=recipe.eps,
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
-    stepper = Stepper(optimizer, weights, io, recipe.max_grad_norm)
+    stepper = Stepper(_optimizer(weights, recipe, lr), weights, io, recipe.max_grad_norm)
     scale = loss_scale(recipe, io)
     windows = len(io.inputs)
     total = recipe.epochs * math.ceil(windows / recipe.batch_size)
     course = _Course()
     for _ in range(recipe.epochs):
         summed = torch.zeros((), dtype=torch.float64, device=io.device)
-        for hidden, target in prefetched(
-            [io.inputs, io.targets], shuffled(windows, recipe.batch_size, generator)
-        ):
+        batches = shuffled(windows, recipe.batch_size, generator)
+        for hidden, target in prefetched([io.inputs, io.targets], batches):
             with autocast(io):
                 output = io.forward(block, hidden)
             loss = reconstruction_loss(output, target, scale)
@@ -172,17 +162,26 @@ def _train(
     return course
 
 
+def _optimizer(weights: list[nn.Parameter], recipe: RecoveryRecipe, lr: float) -> torch.optim.Optimizer:
+    """AdamW in its fused form, on the CPU a third of the time of the plain one."""
+    betas = (recipe.beta1, recipe.beta2)
+    return torch.optim.AdamW(
+        weights, lr=lr, betas=betas, eps=recipe.eps, weight_decay=recipe.weight_decay, fused=True
+    )
+
+
 def loss_scale(recipe: RecoveryRecipe, io: BlockIO) -> float:
-    """1, or 1 / mean(target^2) over the training windows for the normalised loss (arXiv 2310.06927, per block)."""
+    """1, or 1 / mean(target^2) over the training windows for the normalised loss (arXiv 2310.06927)."""
     power = mean_square(io.targets) if recipe.loss == "normalized" else 1.0
     return 1.0 / power if power > 0 else 1.0
 
 
 def _check_windows(io: BlockIO) -> None:
-    if len(io.inputs) == 0 or len(io.heldout_inputs) == 0:
+    counts = len(io.inputs), len(io.heldout_inputs)
+    if 0 in counts:
         raise InputRefused(
             "E-CALIBRATION-SHORT",
-            f"repair needs windows to train on and to select by; got {len(io.inputs)} and {len(io.heldout_inputs)}",
+            f"repair needs windows to train on and to select by; got {counts[0]} and {counts[1]}",
             "give more calibration text, or a shorter --seqlen",
         )
 

@@ -1,8 +1,8 @@
 """The learning rate, found per model: short repairs of the first blocks, judged on held-out windows.
 
 The best rate differs by a factor of 50 between a model of width 64 and one of width 4096, far more than between the
-blocks of one model. So each candidate repairs the block for a few epochs, from the same weights, with its own full
-schedule; the one that leaves the lowest held-out loss wins.
+blocks of one model. So each candidate repairs a block for a few epochs, from the same weights, with a full schedule
+of its own; the one that leaves the lowest held-out loss wins.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compressor.recovery.ebft import repair, trained_weights
 from compressor.recovery.heldout import BestWeights
 from compressor.sparsity import Mask
 
-DIVERGED = math.log(2.0)  # a diverged trial scores worse than one that did nothing (log ratio 0)
+DIVERGED = math.log(2.0)  # worse than any trial that did nothing, whose log ratio is 0
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,17 @@ class ChosenLr:
 
     Attributes:
         lr: Peak learning rate.
-        tried: What this block tried: candidate -> held-out loss after / before (``inf``: diverged); empty when settled.
+        tried: Candidates that were tried on this block, ascending; empty once the rate is settled.
+        ratios: Held-out loss after / before each trial; infinite if it diverged.
     """
 
     lr: float
-    tried: Mapping[float, float]
+    tried: tuple[float, ...] = ()
+    ratios: tuple[float, ...] = ()
 
 
-class LearningRateSearch:
-    """Chooses the learning rate block by block: probes on the first ``recipe.probe.blocks`` ones, then stays.
+class LearningRateProbe:
+    """Chooses the learning rate block by block: by trials on the first ``probe.blocks`` blocks, then it stays.
 
     Args:
         recipe: Of the recovery; a number in ``recipe.lr`` is taken as it is, without trials.
@@ -44,85 +46,75 @@ class LearningRateSearch:
 
     def __init__(self, recipe: RecoveryRecipe) -> None:
         self._recipe = recipe
-        self._candidates = sorted(recipe.probe.candidates)
+        self._candidates = sorted(recipe.probe.candidates) if recipe.lr == "auto" else [recipe.lr]
+        self._best = len(self._candidates) // 2
         self._scores: dict[
             int, float
-        ] = {}  # candidate's place -> sum of log(loss after / before) over probed blocks
+        ] = {}  # candidate's place -> sum over blocks of log(loss after / before)
+        self._tried: set[int] = set()
         self._probed = 0
-        self._best = len(self._candidates) // 2
+
+    @property
+    def lr(self) -> float:
+        """The best rate so far."""
+        return self._candidates[self._best]
+
+    @property
+    def tried(self) -> tuple[float, ...]:
+        """Every candidate that was tried on some block, ascending; empty for a rate that was given."""
+        return tuple(self._candidates[place] for place in sorted(self._tried))
 
     def lr_for(
-        self,
-        block: nn.Module,
-        masks: Mapping[str, Mask],
-        io: BlockIO,
-        *,
-        seed: int,
-        progress: Callable[[int, int], None] | None = None,
+        self, index: int, block: nn.Module, masks: Mapping[str, Mask], io: BlockIO, *, seed: int
     ) -> ChosenLr:
-        """The rate for the next block; its weights are as before when this returns, bit for bit.
+        """The rate for the next block, whose weights are the same before and after, bit for bit.
 
         Args:
+            index: Of the block; probing counts blocks as they come, whatever the first one's index is.
             block: Pruned, on ``io.device``.
             masks: Parameter path in the block -> bool mask.
             io: The block's training and held-out windows.
             seed: Of the order of the windows.
-            progress: Called with (trials made, most trials that can come).
         """
-        if self._recipe.lr != "auto":
-            return ChosenLr(self._recipe.lr, {})
-        if self._probed >= self._recipe.probe.blocks or len(self._candidates) == 1:
-            return ChosenLr(self._candidates[self._best], {})
-        tried = self._probe(block, masks, io, seed, progress)
+        if len(self._candidates) == 1 or self._probed >= self._recipe.probe.blocks:
+            return ChosenLr(self.lr)
+        here = self._climb(lambda place: self._trial(block, masks, io, self._candidates[place], seed))
         self._probed += 1
-        ratios = {
-            self._candidates[place]: math.inf if s == DIVERGED else math.exp(s)
-            for place, s in sorted(tried.items())
-        }
-        return ChosenLr(self._candidates[self._best], ratios)
+        self._tried |= here.keys()
+        places = sorted(here)
+        ratios = tuple(math.inf if here[place] == DIVERGED else math.exp(here[place]) for place in places)
+        return ChosenLr(self.lr, tuple(self._candidates[place] for place in places), ratios)
 
-    def _probe(
-        self,
-        block: nn.Module,
-        masks: Mapping[str, Mask],
-        io: BlockIO,
-        seed: int,
-        progress: Callable[[int, int], None] | None,
-    ) -> dict[int, float]:
-        """Climbs from the best candidate so far to a neighbour as long as that one is better; place -> score here."""
+    def _climb(self, trial: Callable[[int], float]) -> dict[int, float]:
+        """Moves from the best candidate so far to its better neighbour while there is one; place -> score here.
+
+        Scores add up over blocks, so after the first block only candidates that every block has tried can win.
+        """
         here: dict[int, float] = {}
-        first = self._probed == 0
 
         def total(place: int) -> float:
             if place not in here:
-                here[place] = self._trial(block, masks, io, self._candidates[place], seed)
-                if progress is not None:
-                    progress(len(here), len(self._candidates))
+                here[place] = trial(place)
             return here[place] + self._scores.get(place, 0.0)
 
-        place = self._best
+        def comparable(place: int) -> bool:
+            return 0 <= place < len(self._candidates) and (self._probed == 0 or place in self._scores)
+
         while True:
-            # Only candidates that every probed block has tried can be compared.
-            near = [
-                n
-                for n in (place + 1, place - 1)
-                if 0 <= n < len(self._candidates) and (first or n in self._scores)
-            ]
-            better = min(near, key=total, default=place)
-            if total(better) >= total(place):
+            near = [place for place in (self._best + 1, self._best - 1) if comparable(place)]
+            best = min([self._best, *near], key=total)
+            if best == self._best:
                 break
-            place = better
+            self._best = best
         self._scores = {place: total(place) for place in here}
-        self._best = place
         return here
 
     def _trial(self, block: nn.Module, masks: Mapping[str, Mask], io: BlockIO, lr: float, seed: int) -> float:
-        """log(held-out loss after / before) of a short repair; the weights are restored."""
-        recipe = self._recipe.model_copy(update={"epochs": self._recipe.probe.epochs, "selection": "last"})
-        weights = trained_weights(block)
-        origin = BestWeights(weights, math.inf)
+        """log(held-out loss after / before) of a short repair; the weights are set back."""
+        short = self._recipe.model_copy(update={"epochs": self._recipe.probe.epochs, "selection": "last"})
+        origin = BestWeights(trained_weights(block), math.inf)
         try:
-            result = repair(block, masks, io, recipe, lr=lr, seed=seed)
+            result = repair(block, masks, io, short, lr=lr, seed=seed)
         finally:
             origin.restore()
         if result.diverged or result.loss_before == 0:

@@ -1,13 +1,13 @@
-"""Mixed precision and determinism of a repair: float32 master weights always, autocast where the block asks for it."""
+"""Mixed precision and determinism of a repair: float32 master weights, autocast where the block asks for it."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressor.recovery.block_io import BlockIO
@@ -21,27 +21,33 @@ def autocast(io: BlockIO) -> torch.autocast:
 class Stepper:
     """Backward, clip and step in the right order: the gradient is unscaled before it is clipped.
 
-    Only float16 needs a loss scale; bfloat16 has float32's range. The published EBFT code clips scaled gradients, which
-    shrinks every update (see recipes/ebft-paper.yaml).
+    Only float16 needs a loss scale; bfloat16 has float32's range. The published EBFT code clips gradients that still
+    carry the scale, which shrinks every update (recipes/ebft-paper.yaml says more).
+
+    Args:
+        optimizer: Holds ``weights``.
+        weights: What is trained, float32.
+        io: Says device and precision.
+        max_grad_norm: Longest gradient, over all weights together; ``None`` does not clip.
     """
 
     def __init__(
-        self, optimizer: Optimizer, parameters: list[nn.Parameter], io: BlockIO, max_grad_norm: float | None
+        self, optimizer: Optimizer, weights: Sequence[nn.Parameter], io: BlockIO, max_grad_norm: float | None
     ) -> None:
         self._optimizer = optimizer
-        self._parameters = parameters
+        self._weights = weights
         self._max_grad_norm = max_grad_norm
         self._scaler = torch.amp.GradScaler(io.device.type, enabled=io.amp_dtype == torch.float16)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Gradients of ``loss``, in true units."""
-        self._scaler.scale(loss).backward()
+    def backward(self, loss: Tensor) -> None:
+        """Set the gradients of ``loss``, in true units."""
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self._scaler.unscale_(self._optimizer)
 
     def step(self, lr: float) -> None:
-        """Clip, update the weights with this learning rate, forget the gradients."""
+        """Clip, update the weights with this learning rate, forget the gradients; no wait for the device."""
         if self._max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(self._weights, self._max_grad_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._scaler.step(self._optimizer)
@@ -55,20 +61,17 @@ def deterministic(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # only slows; nothing here reads memory before it is written
-    )
+    # Filling fresh memory only costs time: nothing here reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         with warnings.catch_warnings():
             # cuBLAS asks for a workspace setting that only matters with several compute streams; here is one.
             warnings.filterwarnings("ignore", message=".*[Dd]eterministic", category=UserWarning)
             yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill
