@@ -1,7 +1,7 @@
 """What pruners know of a linear's inputs: sums over calibration tokens that can be merged.
 
-Notation: ``X`` is a batch of inputs, (tokens, in). Every statistic is a plain sum over tokens, so two statistics
-of disjoint tokens merge by addition, in any order.
+Notation: ``X`` is a batch of inputs, (tokens, in). Every statistic is a plain sum over tokens, so two
+statistics of disjoint tokens merge by addition, in any order.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Activations:
-    """Hidden states of N windows, (N, T, D), in host memory; page-locked for CUDA, so that copies do not block.
+    """Hidden states of N windows, (N, T, D), in host memory; page-locked where CUDA reads them.
 
     Attributes:
         states: The store itself, (N, T, D).
@@ -55,14 +55,14 @@ class Activations:
         return len(self.states)
 
     def write(self, start: int, hidden: Tensor) -> None:
-        """Set the windows from ``start`` on to ``hidden`` (B, T, D); the copy is complete when this returns."""
+        """Set the windows from ``start`` on to ``hidden`` (B, T, D); complete when this returns."""
         self.states[start : start + len(hidden)] = hidden.detach().to(self.states.dtype)
 
     def read(self, rows: Sequence[int]) -> Tensor:
         """A copy of the windows ``rows``, (B, T, D) float32, on the device.
 
-        Row by row, since each window is one contiguous stretch: from page-locked memory it needs no gathering on
-        the host and its copy does not block.
+        Row by row, since each window is one contiguous stretch: from page-locked memory it needs no gathering
+        on the host and its copy does not block.
         """
         if self.device.type == "cpu":
             return self.states[list(rows)].float()
@@ -108,7 +108,7 @@ def prefetched(
 def _prefetched_cuda(
     stores: Sequence[Activations], batches: Iterable[Sequence[int]]
 ) -> Iterator[tuple[Tensor, ...]]:
-    side = torch.cuda.Stream(stores[0].device)
+    side = torch.cuda.Stream(stores[0].device)  # type: ignore[no-untyped-call]
     main = torch.cuda.current_stream(stores[0].device)
 
     def fetch(rows: Sequence[int]) -> tuple[tuple[Tensor, ...], torch.cuda.Event]:
@@ -136,7 +136,7 @@ def _arrived(
 
 
 def _host_memory(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
-    """Uninitialised host memory; pageable where the system grants no page-locked one (correct, only slower)."""
+    """Uninitialised host memory; pageable where no page-locked one is granted (correct, only slower)."""
     if pinned:
         try:
             return torch.empty(shape, dtype=dtype, pin_memory=True)

@@ -1,6 +1,7 @@
-"""The contract of a pruner, and what pruners share: the choice of the k lowest scores, the checks of their inputs.
+"""The contract of a pruner, and what pruners share: choosing the lowest scores, checking inputs.
 
-Notation: ``W`` is a weight matrix (out, in), ``S`` its scores of the same shape; a mask is bool, ``True`` = kept.
+Notation: ``W`` is a weight matrix (out, in), ``S`` its scores of the same shape; a mask is bool,
+``True`` = kept.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Pruner(Protocol):
         """The pruned copy of ``W`` (out, in), float32; ``W`` itself is not changed.
 
         Raises:
-            InputRefused: NaN or infinity in the weights or the statistic; inputs that the pattern does not divide.
+            InputRefused: NaN or infinity in weights or statistic; inputs that the pattern does not divide.
         """
         ...
 
@@ -94,8 +95,8 @@ def without(W: Tensor, mask: Mask) -> Tensor:
 def lowest(S: Tensor, count: int) -> Tensor:
     """Where the ``count`` lowest scores of each row are, (rows, columns) bool; of equal ones the first.
 
-    Exactly ``count`` per row. It is a stable sort's choice, in linear time: by the count-th lowest value and a
-    running count of its ties.
+    Exactly ``count`` per row. It is a stable sort's choice, in linear time: by the count-th lowest value and
+    a running count of its ties.
     """
     if count <= 0:
         return torch.zeros_like(S, dtype=torch.bool)

@@ -1,8 +1,8 @@
 """SparseGPT: one-shot pruning with second-order compensation (Frantar and Alistarh, arXiv 2301.00774).
 
-Notation: ``H`` is the Hessian of the layer's squared output error, X^T X up to a constant, (in, in); ``U`` is the
-upper Cholesky factor of its inverse, H^-1 = U^T U. Row ``i`` of ``U`` holds what remains of H^-1 once the columns
-before ``i`` are fixed, so U_ii^2 is the ``[H_F]^-1_ii`` of the paper's equation 3.
+Notation: ``H`` is the Hessian of the layer's squared output error, X^T X up to a constant, (in, in); ``U`` is
+the upper Cholesky factor of its inverse, H^-1 = U^T U. Row ``i`` of ``U`` holds what remains of H^-1 once the
+columns before ``i`` are fixed, so U_ii^2 is the ``[H_F]^-1_ii`` of the paper's equation 3.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ RETRIES = (1.0, 5.0, 10.0, 50.0, 100.0)  # times the recipe's damping, until the
 class SparseGPT:
     """Prunes by w^2 / U_jj^2, per block of columns over all rows (or per group of a row for N:M).
 
-    With ``recipe.update_weights`` each pruned weight's error is spread over the columns to its right; without it
-    the masks come from the original weights alone, as in EBFT (arXiv 2402.12419).
+    With ``recipe.update_weights`` each pruned weight's error is spread over the columns to its right; without
+    it the masks come from the original weights alone, as in EBFT (arXiv 2402.12419).
     """
 
     statistic: type[Statistic] | None = Gram
@@ -39,7 +39,7 @@ class SparseGPT:
         *,
         name: str = "weight",
     ) -> Pruned:
-        """The pruned copy of ``W`` (out, in); floor(out * width * s) zeros per block of columns, or m - n per group.
+        """The pruned copy of ``W`` (out, in); floor(out * width * s) zeros per block of columns, or by groups.
 
         Raises:
             InputRefused: NaN or infinity in the inputs, or a Hessian that no damping makes positive definite.
@@ -67,8 +67,9 @@ class SparseGPT:
 def inverse_factor(G: Tensor, damping: float, name: str) -> tuple[Tensor, float]:
     """``U`` (in, in), float32, upper, with (H + damping)^-1 = U^T U, and the damping that it took.
 
-    Instead of inverting and factorising again, the reversed Hessian is factorised once: with J the reversal of
-    the axes and J H J = L L^T, U = J L^-1 J. In float64, since H of few tokens is singular but for the damping.
+    Instead of inverting and factorising again, the reversed Hessian is factorised once: with J the reversal
+    of the axes and J H J = L L^T, U = J L^-1 J. In float64, since H of few tokens is singular but for the
+    damping.
 
     Args:
         G: Gram matrix of the inputs, (in, in); columns without any input get H_jj = 1 and stay uncoupled.
@@ -111,8 +112,8 @@ def saliency(W: Tensor, U: Tensor, dead: Tensor) -> Tensor:
     Args:
         W: (out, columns).
         U: (columns, columns), the diagonal block that belongs to them.
-        dead: (columns,) bool. The published code sets such a column to 0 as a whole; here it is the first to be
-            pruned and keeps what the sparsity leaves, so that the zeros are the mask's and no others.
+        dead: (columns,) bool. The published code sets such a column to 0 as a whole; here it is the first to
+            be pruned and keeps what the sparsity leaves, so that the zeros are the mask's and no others.
     """
     return (W / U.diagonal()).square().masked_fill(dead, 0.0)
 
@@ -121,7 +122,7 @@ def saliency_mask(S: Tensor, pattern: SparsityPattern, width: int) -> Mask:
     """Keeps the highest of ``S`` (out, in): per block of ``width`` columns over all rows, or per group."""
     if pattern.is_n_m:
         return ~lowest_in_groups(S, pattern)
-    return torch.cat([_keep_block(part, pattern.sparsity) for part in S.split(width, dim=1)], dim=1)
+    return torch.cat([_keep_block(part, pattern.sparsity) for part in torch.split(S, width, dim=1)], dim=1)
 
 
 def prune_and_update(
@@ -138,10 +139,10 @@ def prune_and_update(
 
 
 def _prune_columns(W: Tensor, mask: Mask, U: Tensor, dead: Tensor, pattern: SparsityPattern) -> Tensor:
-    """Prunes one block of columns in place, left to right; returns the errors (out, columns) for what follows.
+    """Prunes one block of columns in place, left to right; gives its errors (out, columns) for the rest.
 
-    For column j: e = (w_j - q_j) / U_jj, then w_k -= e * U_jk for all k > j in the block. Columns stand in rows
-    here (the transposed copy), so that each step reads and writes one contiguous stretch.
+    For column j: e = (w_j - q_j) / U_jj, then w_k -= e * U_jk for all k > j in the block. Columns stand in
+    rows here (the transposed copy), so that each step reads and writes one contiguous stretch.
     """
     if not pattern.is_n_m:
         mask.copy_(_keep_block(saliency(W, U, dead), pattern.sparsity))

@@ -1,4 +1,4 @@
-"""The recoveries, one line each: recipe name to the function that repairs a block, or ``None`` for no repair."""
+"""The recoveries, one line each: recipe name to the function that repairs a block, ``None`` for none."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
 """EBFT: the kept weights of one block, tuned until the sparse block answers like the dense one.
 
-Source: Guo et al., "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs", arXiv
-2402.12419, equation 3:
+Source: Guo et al., "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs",
+arXiv 2402.12419, equation 3:
 
     min_W  mean( (f(X; M * W) - Y)^2 ),   M frozen
 
-``X`` (B, T, D) are hidden states that came through the blocks already made sparse; ``Y`` is what the dense block
-makes of the same ``X`` (the paper), or what the dense model has at this place (arXiv 2406.15524, "global
-propagation"). Deviations, with their measured effect in docs/benchmarks.md: the weights kept are those of the best
-held-out step, step 0 included; gradients are clipped in true units; the learning rate is chosen by trial (lr_probe).
+``X`` (B, T, D) are hidden states that came through the blocks already made sparse; ``Y`` is what the dense
+block makes of the same ``X`` (the paper), or what the dense model has at this place (arXiv 2406.15524,
+"global propagation"). Deviations, with their measured effect in docs/benchmarks.md: the weights kept are
+those of the best held-out step, step 0 included; gradients are clipped in true units; the learning rate is
+chosen by trial (lr_probe).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from compressor.recovery.schedule import learning_rate_factor
 from compressor.sparsity import Mask
 from compressor.streams import prefetched, shuffled
 
-# Modules that choose experts are left alone: their choice is discrete, so a block's loss gives them no direction.
+# Modules that choose experts are left alone: their choice is discrete, so a block's loss gives them no way.
 ROUTERS = {"gate", "router"}
 
 
@@ -58,7 +59,7 @@ def repair(
         progress: Called after each step with (steps made, steps in all).
 
     Raises:
-        InputRefused: No windows to train on or to select by; a loss that is NaN or infinite before the first step.
+        InputRefused: No windows to train on or to select by; a loss that is NaN or infinite before step 1.
         ReportedError: A masked weight moved (a fault of the program).
     """
     started = time.perf_counter()

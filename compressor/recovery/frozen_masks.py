@@ -14,9 +14,9 @@ from compressor.sparsity import Mask
 class FrozenMasks:
     """The masks of one block during its repair.
 
-    A masked weight starts at 0 and its gradient is zeroed before the gradient norm and the optimiser see it. Both
-    moments of AdamW then stay 0, so do its update 0 / (0 + eps) and its decay 0 * lr * wd: the weight stays 0 bit
-    for bit, without touching the weights in any step.
+    A masked weight starts at 0 and its gradient is zeroed before the gradient norm and the optimiser see it.
+    Both moments of AdamW then stay 0, so do its update 0 / (0 + eps) and its decay 0 * lr * wd: the weight
+    stays 0 bit for bit, without touching the weights in any step.
 
     Args:
         block: The block, on its device.

@@ -31,7 +31,7 @@ def mean_square(activations: Activations) -> float:
 
 
 class BestWeights:
-    """A copy of the weights with the lowest held-out loss so far; at first the weights as they are (step 0)."""
+    """The weights with the lowest held-out loss so far, copied; at first as they are (step 0)."""
 
     def __init__(self, weights: Sequence[Tensor], loss: float) -> None:
         self._weights = weights

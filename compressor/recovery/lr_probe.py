@@ -1,8 +1,8 @@
 """The learning rate, found per model: short repairs of the first blocks, judged on held-out windows.
 
-The best rate differs by a factor of 50 between a model of width 64 and one of width 4096, far more than between the
-blocks of one model. So each candidate repairs a block for a few epochs, from the same weights, with a full schedule
-of its own; the one that leaves the lowest held-out loss wins.
+The best rate differs by a factor of 50 between a model of width 64 and one of width 4096, far more than
+between the blocks of one model. So each candidate repairs a block for a few epochs, from the same weights,
+with a full schedule of its own; the one that leaves the lowest held-out loss wins.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ChosenLr:
 
 
 class LearningRateProbe:
-    """Chooses the learning rate block by block: by trials on the first ``probe.blocks`` blocks, then it stays.
+    """Chooses the learning rate: by trials on the first ``probe.blocks`` blocks, then it stays.
 
     Args:
         recipe: Of the recovery; a number in ``recipe.lr`` is taken as it is, without trials.
@@ -86,9 +86,9 @@ class LearningRateProbe:
         return ChosenLr(self.lr, tuple(self._candidates[place] for place in places), ratios)
 
     def _climb(self, trial: Callable[[int], float]) -> dict[int, float]:
-        """Moves from the best candidate so far to its better neighbour while there is one; place -> score here.
+        """Moves from the best candidate to its better neighbour while there is one; place -> score here.
 
-        Scores add up over blocks, so after the first block only candidates that every block has tried can win.
+        Scores add up over blocks, so after the first block only candidates that all have tried can win.
         """
         here: dict[int, float] = {}
 

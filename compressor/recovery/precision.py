@@ -1,10 +1,11 @@
-"""Mixed precision and determinism of a repair: float32 master weights, autocast where the block asks for it."""
+"""Mixed precision and determinism of a repair: float32 master weights, autocast where asked for."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,8 @@ def autocast(io: BlockIO) -> torch.autocast:
 class Stepper:
     """Backward, clip and step in the right order: the gradient is unscaled before it is clipped.
 
-    Only float16 needs a loss scale; bfloat16 has float32's range. The published EBFT code clips gradients that still
-    carry the scale, which shrinks every update (recipes/ebft-paper.yaml says more).
+    Only float16 needs a loss scale; bfloat16 has float32's range. The published EBFT code clips gradients
+    that still carry the scale, which shrinks every update (recipes/ebft-paper.yaml says more).
 
     Args:
         optimizer: Holds ``weights``.
@@ -63,10 +64,11 @@ def deterministic(device: torch.device) -> Iterator[None]:
         return
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # its one setting is a property that type checkers do not see
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling fresh memory only costs time: nothing here reads what it has not written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    settings.fill_uninitialized_memory = False
     try:
         with warnings.catch_warnings():
             # cuBLAS asks for a workspace setting that only matters with several compute streams; here is one.
@@ -74,4 +76,4 @@ def deterministic(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill

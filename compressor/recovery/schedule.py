@@ -11,8 +11,8 @@ Schedule = Literal["linear", "cosine", "constant"]
 def learning_rate_factor(step: int, steps: int, schedule: Schedule, warmup: float) -> float:
     """Share of the peak learning rate at ``step`` (from 0) of ``steps``, in (0, 1].
 
-    Rises linearly over the first round(warmup * steps) steps, then falls to 0 (reached at ``step == steps``, which
-    is never taken) in a line or half a cosine, or stays.
+    Rises linearly over the first round(warmup * steps) steps, then falls to 0 (reached at ``step == steps``,
+    which is never taken) in a line or half a cosine, or stays.
     """
     rising = round(warmup * steps)
     if step < rising:
