@@ -130,7 +130,7 @@ def open_checkpoint(
     weights = find_weight_files(folder)
     _refuse_quantised_tensors(weights)
     _refuse_sizes_beyond(weights, settings)
-    config = _load_config(folder, architecture)
+    config = _load_config(folder, settings, architecture)
     return Checkpoint(
         folder=folder,
         name=name,
@@ -226,9 +226,17 @@ def _size(settings: Mapping[str, Any], *keys: str, default: int = 1) -> int:
     return next((value for key in keys if isinstance(value := settings.get(key), int)), default)
 
 
-def _load_config(folder: Path, architecture: Architecture) -> Any:
-    from transformers import AutoConfig
+def _load_config(folder: Path, settings: Mapping[str, Any], architecture: Architecture) -> Any:
+    from transformers import AutoConfig, PreTrainedConfig
 
+    for key in settings:
+        # Each key becomes an attribute of the config object; one of a method's name would replace the method.
+        if callable(getattr(PreTrainedConfig, key, None)):
+            raise InputRefused(
+                "E-CONFIG-UNSAFE",
+                f"config.json: {key} would replace a method of the loader",
+                "take the key out of the file, or use another checkpoint",
+            )
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(

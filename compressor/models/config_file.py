@@ -42,12 +42,14 @@ _IMPLEMENTATIONS = frozenset(
     | {"_experts_implementation", "_experts_implementation_internal", "experts_implementation"}
 )
 # Keys with an underscore that transformers itself writes, or once wrote, and that choose no code.
-_HARMLESS_PRIVATE = {
+_HARMLESS_PRIVATE: dict[str, type | tuple[type, ...]] = {
     "_name_or_path": str,
     "_commit_hash": (str, type(None)),
     "_from_model_config": bool,
     "_attn_implementation_autoset": bool,
     "_sliding_window_pattern": (int, type(None)),
+    "_remove_final_layer_norm": bool,
+    "__float__": str,  # how transformers spells Infinity
 }
 
 

@@ -164,21 +164,24 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
 def _checked_entry(path: Path, name: str, entry: Any) -> tuple[StoredTensor, tuple[int, int]]:
     """The tensor that a header entry describes, and its first and one-past-last byte."""
     fields = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    dtype = fields.get("dtype")
+    shape, offsets = _counts(fields.get("shape")), _counts(fields.get("data_offsets"))
     if dtype not in _BITS:
         raise _bad_header(path, f"{name} has the unknown dtype {str(dtype)[:40]!r}")
-    if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
+    if shape is None or offsets is None or len(offsets) != 2:
         raise _bad_header(path, f"{name} has no valid shape and data_offsets")
-    tensor = StoredTensor(dtype, tuple(shape))
-    if (offsets[1] - offsets[0]) * 8 != tensor.numel * _BITS[dtype]:
-        raise _bad_header(
-            path, f"{name} of shape {shape} and {dtype} does not fill bytes {offsets[0]} to {offsets[1]}"
-        )
-    return tensor, (offsets[0], offsets[1])
+    begin, end = offsets
+    tensor = StoredTensor(dtype, shape)
+    if (end - begin) * 8 != tensor.numel * _BITS[dtype]:
+        raise _bad_header(path, f"{name} of shape {shape} and {dtype} does not fill bytes {begin} to {end}")
+    return tensor, (begin, end)
 
 
-def _is_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+def _counts(value: Any) -> tuple[int, ...] | None:
+    """The list as a tuple where it holds nothing but counts."""
+    if isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value):
+        return tuple(value)
+    return None
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:

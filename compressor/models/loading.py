@@ -1,0 +1,136 @@
+"""Weights from a checked checkpoint into transformers' own model class, on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import InputRefused, OutOfResources
+from compressor.models.checkpoint import Checkpoint, first_line
+from compressor.models.quiet import quiet_transformers
+
+__all__ = ["load_causal_lm", "refuse_nonfinite"]
+
+
+def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The whole model on the CPU, its parameters in ``dtype``, in eval mode and without gradients.
+
+    Buffers that are no weights (embedding scales, rotary frequencies) are in float32 whatever ``dtype`` is,
+    unless the model computes in ``dtype`` itself.
+
+    Raises:
+        InputRefused: E-WEIGHTS-MISSING, E-WEIGHTS-SHAPE, E-WEIGHTS-UNREADABLE: the files do not fill the
+            model.
+        OutOfResources: E-MEMORY: the host's memory does not hold it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _refuse_far_larger(checkpoint)
+    try:
+        with quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=checkpoint.architecture.remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **checkpoint.architecture.implementations,
+            )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise OutOfResources(
+            "E-MEMORY",
+            f"{checkpoint.name} does not fit into this machine's memory",
+            "use a machine with more memory",
+        ) from None
+    except Exception as error:  # shapes that do not fit surface as whatever the loader's threads raised
+        raise _unreadable(checkpoint, error) from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputRefused(
+            "E-WEIGHTS-MISSING",
+            f"{checkpoint.name} lacks {missing[0]}"
+            + (f" and {len(missing) - 1} more" if missing[1:] else ""),
+            "fetch the model again; a base model without its language model head cannot be used",
+        )
+    for name, stored, described in sorted(info["mismatched_keys"]):
+        raise InputRefused(
+            "E-WEIGHTS-SHAPE",
+            f"{name} is stored as {list(stored)}, config.json asks for {list(described)}",
+            "fetch the model again: config.json and weights do not belong together",
+        )
+    return model.eval().requires_grad_(False)
+
+
+def refuse_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        InputRefused: E-WEIGHTS-NONFINITE, naming the first such tensor.
+    """
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise InputRefused(
+                "E-WEIGHTS-NONFINITE",
+                f"{name} has {count} weights of {tensor.numel()} that are NaN or infinite",
+                "fetch the model again, or use another checkpoint",
+            )
+
+
+def restore_float32_buffers(model: Any) -> None:
+    """Give buffers that are computed from the config, not stored, their float32 values again.
+
+    A model that is loaded in bfloat16 rounds them too: Gemma's embedding scale √2304 = 48 is exact, √1152 =
+    33.94 becomes 34. All computing here is in float32, where the model loaded in float32 has the exact value.
+    """
+    for module in model.modules():
+        rounded = [
+            name
+            for name, buffer in module.named_buffers(recurse=False)
+            if name in module._non_persistent_buffers_set
+            and buffer.is_floating_point()
+            and buffer.dtype != torch.float32
+        ]
+        if rounded:
+            _initialise_again(model, module, rounded)
+
+
+def _initialise_again(model: Any, module: nn.Module, buffers: list[str]) -> None:
+    for name in buffers:
+        module.register_buffer(name, getattr(module, name).float(), persistent=False)
+    for tensor in module.parameters(recurse=False):
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # what transformers then leaves alone
+    with torch.no_grad():
+        model._init_weights(module)
+
+
+def _refuse_far_larger(checkpoint: Checkpoint) -> None:
+    """Refuse a config that describes a model of another size before its memory is asked for."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), quiet_transformers():
+        outline = AutoModelForCausalLM.from_config(
+            checkpoint.config, trust_remote_code=checkpoint.architecture.remote_code
+        )
+    described = sum(parameter.numel() for parameter in outline.parameters())
+    stored = sum(tensor.numel for tensor in checkpoint.weights.tensors.values())
+    # A factor of two leaves the precise refusals (missing tensors, other shapes) to the loading itself.
+    if described > 2 * stored:
+        raise InputRefused(
+            "E-CONFIG-SIZE",
+            f"config.json describes {described} weights, the files hold {stored}",
+            "fetch the model again: config.json and weights do not belong together",
+        )
+
+
+def _unreadable(checkpoint: Checkpoint, error: Exception) -> InputRefused:
+    return InputRefused(
+        "E-WEIGHTS-UNREADABLE",
+        f"{checkpoint.name} cannot be loaded: {type(error).__name__}: {first_line(error)}",
+        "fetch the model again",
+    )

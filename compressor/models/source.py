@@ -1,0 +1,212 @@
+"""Where decoder blocks come from, one at a time, and what stands before and behind them.
+
+Notation: B windows of T tokens, hidden width D, vocabulary V.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compressor.models.checkpoint import Checkpoint
+from compressor.models.loading import load_causal_lm, refuse_nonfinite, restore_float32_buffers
+from compressor.models.quiet import quiet_transformers
+from compressor.models.registry import Architecture
+from exporters.probe import BlockCall, capture, find_blocks, run_head
+
+__all__ = ["BlockSource", "LoadedSource", "open_source"]
+
+# Shapes (B, T) whose masks and tables are kept: full and last batch of calibration, held-out and evaluation
+# windows.
+_KEPT_SHAPES = 6
+_DEFAULT_MAX_SEQLEN = 2048
+
+
+class BlockSource(Protocol):
+    """The blocks of a model, one at a time; an implementation may stream them from the disk.
+
+    Windows are unpadded and start at position 0; no cache is used.
+    """
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    config: Any
+    num_blocks: int
+    blocks_name: str  # path of the blocks' list in the model, such as "model.layers"
+    hidden_size: int  # width of the hidden state between blocks
+    vocab_size: int  # rows of the embedding
+    max_seqlen: int
+    num_parameters: int  # weights of the whole model, tied ones once
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Hidden state (B, T, D) that enters the first block for ``ids`` (B, T) int64, on the device."""
+        ...
+
+    def block_structure(self, index: int) -> nn.Module:
+        """A block for looking at names and shapes only."""
+        ...
+
+    def load_block(self, index: int) -> nn.Module:
+        """A dense block of its own, in float32 on the device, in eval mode, without gradients."""
+        ...
+
+    def forward(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """What ``block``, in the place of block ``index``, makes of ``hidden`` (B, T, D)."""
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (B, T, V) float32 of the last block's output ``hidden`` (B, T, D)."""
+        ...
+
+    def rest_tensors(self) -> Mapping[str, Tensor]:
+        """Everything that is stored of the model except its blocks, by full name; tied weights share
+        storage."""
+        ...
+
+    def stored_form(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Tensors by full name under the names and in the form that checkpoints of this architecture
+        store."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        ...
+
+
+class LoadedSource:
+    """A source that holds the whole model in host memory: blocks as stored, all else in the compute dtype.
+
+    Args:
+        checkpoint: The model.
+        device: Where blocks, embedding and head compute.
+        compute_dtype: What they compute in.
+
+    Raises:
+        InputRefused: The files do not fill the model, or weights outside the blocks are not finite.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, compute_dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.architecture = checkpoint.architecture
+        self._device, self._dtype = device, compute_dtype
+        self._model = load_causal_lm(checkpoint, checkpoint.dtype)
+        restore_float32_buffers(self._model)
+        self.config = self._model.config
+        self.num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        self._blocks = find_blocks(self._model)
+        self.num_blocks, self.blocks_name = len(self._blocks), self._blocks.name
+        self._move_all_but_blocks()
+        refuse_nonfinite(self.rest_tensors().items())
+        self._calls: OrderedDict[tuple[int, ...], Sequence[BlockCall]] = OrderedDict()
+        self.vocab_size = int(self._model.get_input_embeddings().weight.shape[0])
+        self.max_seqlen = _max_seqlen(self.config)
+        self.hidden_size = self.embed(torch.zeros((1, 2), dtype=torch.long)).shape[-1]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Hidden state (B, T, D) that enters the first block for ``ids`` (B, T) int64, on the device."""
+        ids = ids.to(self._device)
+        with quiet_transformers():
+            captured = capture(
+                self._model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, self._blocks
+            )
+        # What a block is given beside the hidden state depends on the shape alone: no padding, positions from
+        # 0.
+        self._keep(tuple(ids.shape), captured.calls)
+        return captured.hidden
+
+    def block_structure(self, index: int) -> nn.Module:
+        """The block as it lies in host memory; not to be changed."""
+        return self._blocks.modules[index]
+
+    def load_block(self, index: int) -> nn.Module:
+        """A dense block of its own, in the compute dtype on the device, in eval mode, without gradients.
+
+        Raises:
+            InputRefused: E-WEIGHTS-NONFINITE.
+        """
+        original = self._blocks.modules[index]
+        # The config is shared: a copy would cost more than small blocks do.
+        block = copy.deepcopy(original, {id(self.config): self.config})
+        block = block.to(device=self._device, dtype=self._dtype).eval().requires_grad_(False)
+        prefix = self._blocks.block_name(index)
+        refuse_nonfinite((f"{prefix}.{name}", tensor) for name, tensor in block.state_dict().items())
+        return block
+
+    def forward(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """What ``block``, in the place of block ``index``, makes of ``hidden`` (B, T, D) on the device."""
+        shape = tuple(hidden.shape[:2])
+        if shape not in self._calls:
+            with torch.no_grad():
+                self.embed(torch.zeros(shape, dtype=torch.long))
+        self._calls.move_to_end(shape)
+        return self._calls[shape][index].run(block, hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (B, T, V) float32 of the last block's output ``hidden`` (B, T, D)."""
+        hidden = hidden.to(device=self._device, dtype=self._dtype)
+        with quiet_transformers():
+            return run_head(self._model, hidden, blocks=self._blocks).float()
+
+    def rest_tensors(self) -> Mapping[str, Tensor]:
+        """Everything that is stored of the model except its blocks, by full name; tied weights share
+        storage."""
+        prefix = self.blocks_name + "."
+        return {name: t for name, t in self._model.state_dict().items() if not name.startswith(prefix)}
+
+    def stored_form(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Fused experts as one matrix per expert, which is what checkpoints store; all else as it is."""
+        if self.architecture.experts is None:
+            return tensors
+        from transformers.core_model_loading import revert_weight_conversion
+
+        reverted: dict[str, Tensor] = revert_weight_conversion(self._model, dict(tensors))
+        return reverted
+
+    def close(self) -> None:
+        """Let go of the weights; the source is of no use afterwards."""
+        self._calls.clear()
+        del self._model, self._blocks
+
+    def _keep(self, shape: tuple[int, ...], calls: Sequence[BlockCall]) -> None:
+        # The hidden state among the arguments is replaced in every run; a copy of it would only take memory.
+        self._calls[shape] = [
+            BlockCall((None, *call.args[1:]), call.kwargs)
+            if call.args
+            else BlockCall((), {key: value for key, value in call.kwargs.items() if key != "hidden_states"})
+            for call in calls
+        ]
+        self._calls.move_to_end(shape)
+        while len(self._calls) > _KEPT_SHAPES:
+            self._calls.popitem(last=False)
+
+    def _move_all_but_blocks(self) -> None:
+        parent_name, _, attribute = self.blocks_name.rpartition(".")
+        parent = self._model.get_submodule(parent_name)
+        blocks = getattr(parent, attribute)
+        setattr(parent, attribute, nn.ModuleList())
+        self._model.to(device=self._device, dtype=self._dtype)
+        setattr(parent, attribute, blocks)
+
+
+def open_source(
+    checkpoint: Checkpoint, device: torch.device, compute_dtype: torch.dtype = torch.float32
+) -> LoadedSource:
+    """The source for a checkpoint; see ``LoadedSource``."""
+    return LoadedSource(checkpoint, device, compute_dtype)
+
+
+def _max_seqlen(config: Any) -> int:
+    """The most tokens that the model has positions for; for alibi, which has no limit, what it was trained
+    on."""
+    for key in ("max_position_embeddings", "seq_length"):
+        limit = getattr(config, key, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return _DEFAULT_MAX_SEQLEN
