@@ -188,7 +188,8 @@ def judge(case: ParityCase, expected: Floats, found: Floats, tolerance: Toleranc
         broken.append(f"mean KL {errors.mean_kl:.3g} nats is above {tolerance.mean_kl:.3g}")
     summary = (
         f"{errors.tokens} tokens, logits up to {errors.scale:.3g}, "
-        f"top-1 agreement {errors.top1_agreement:.2%} of {errors.decided} decided, mean KL {errors.mean_kl:.2g} nats"
+        f"top-1 agreement {errors.top1_agreement:.2%} of {errors.decided} decided, "
+        f"mean KL {errors.mean_kl:.2g} nats"
     )
     return Check(
         case.name,

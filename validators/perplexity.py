@@ -8,8 +8,11 @@ WikiText-2.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -51,3 +54,23 @@ def perplexity(nll_sum: float | Tensor, tokens: int) -> float:
         return math.exp(total / tokens)
     except OverflowError:
         return math.inf
+
+
+def measure_perplexity(
+    logits_of: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+    windows: NDArray[np.int64],
+    on_window: Callable[[int, int], None],
+) -> float:
+    """Perplexity of a model over windows (N, T), one at a time.
+
+    Args:
+        logits_of: Logits (1, T, V) of token ids (1, T).
+        windows: (N, T) int64.
+        on_window: Called with the windows done and in all, after each.
+    """
+    total = 0.0
+    for index, ids in enumerate(windows):
+        logits = logits_of(ids[None])
+        total += float(sum_nll(torch.from_numpy(logits), torch.from_numpy(ids[None])).item())
+        on_window(index + 1, len(windows))
+    return perplexity(total, windows.shape[0] * (windows.shape[1] - 1))

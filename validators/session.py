@@ -43,6 +43,8 @@ _OUT_OF_MEMORY = (
     "failed to allocate memory",
     "out of memory",
     "cannot allocate memory",
+    "can't allocate memory",
+    "not enough memory",
 )
 
 
@@ -272,7 +274,7 @@ def _unavailable(provider: str, why: str) -> ValidationResourceError:
 
 
 def _load_error(path: Path, error: Exception) -> Exception:
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return out_of_memory(f"while ONNX Runtime loaded {path.name}")
     return ValidationError(
         "E-ORT-LOAD",
@@ -282,7 +284,7 @@ def _load_error(path: Path, error: Exception) -> Exception:
 
 
 def _run_error(path: Path, error: Exception) -> Exception:
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return out_of_memory(f"while ONNX Runtime ran {path.name}")
     return ValidationError(
         "E-ORT-RUN",
@@ -300,7 +302,8 @@ def out_of_memory(when: str) -> ValidationResourceError:
     )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of ONNX Runtime, torch or Python itself means that memory ran out."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY)
 

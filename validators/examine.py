@@ -1,0 +1,279 @@
+"""One examination from the file's hashes to its perplexity, in the order in which trust grows.
+
+Nothing is opened before its hash is right, nothing is run before its structure is. The ONNX session and the
+PyTorch models are never in memory together: the logits of the few parity sequences are kept instead.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from validators.causal_lm import CausalLM
+from validators.checks import (
+    PERPLEXITY_KEYS,
+    TOLERANCES,
+    Check,
+    Tolerance,
+    ValidationReport,
+    complete,
+    skipped,
+)
+from validators.errors import ValidationError, ValidationUsageError
+from validators.events import OnProgress, ValidationProgress, ignore
+from validators.gates import drift_check, implied_requirements, increase_check
+from validators.integrity import check_unchanged
+from validators.parity import (
+    ParityCase,
+    first_divergence,
+    judge,
+    parity_cases,
+    run_onnx,
+    run_reference,
+)
+from validators.reference import Floats, Ids, Reference
+from validators.request import ValidationRequest
+from validators.session import Session
+from validators.structure import Structure, examine_structure
+
+_PARITY_NAMES = ("parity-prefill", "parity-decode", "parity-padded")
+
+
+def examine(request: ValidationRequest, on_progress: OnProgress = ignore) -> ValidationReport:
+    """What an examination of the file finds, made in this process.
+
+    Raises:
+        ReportedError: The file is altered, broken, or not what can be examined; memory ran out.
+    """
+    work = _Examination(request, on_progress)
+    structure = work.structure()
+    if request.structure_only:
+        work.load(structure)
+        work.skip_running("only the structure was asked for")
+    else:
+        runs = work.run_onnx(structure)
+        failed = work.compare(runs)
+        if failed is not None:
+            work.locate(structure, failed)
+        work.measure_dense()
+        work.judge_perplexity()
+    check_unchanged(structure.watched)
+    return work.report()
+
+
+@dataclass
+class _Runs:
+    """What the ONNX model gave: logits by parity case."""
+
+    logits: list[tuple[ParityCase, Floats]]
+
+
+@dataclass
+class _Failed:
+    """The first parity case that failed, with the reference's block outputs on it."""
+
+    case: ParityCase
+    block_outputs: list[Floats]
+
+
+@dataclass
+class _Examination:
+    """What has been found so far."""
+
+    request: ValidationRequest
+    on_progress: OnProgress
+    checks: list[Check] = field(default_factory=list)
+    perplexity: dict[str, float | None] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    provider: str | None = None
+    compute_dtype: str | None = None
+    first_divergence: str | None = None
+
+    def __post_init__(self) -> None:
+        self.perplexity = {key: self.request.known_perplexity.get(key) for key in PERPLEXITY_KEYS}
+        self.perplexity["onnx"] = None  # what this examination is to measure
+
+    def structure(self) -> Structure:
+        """The file judged by itself."""
+        with self._stage("structure"):
+            structure = examine_structure(self.request, self.on_progress)
+        self.checks.extend(structure.checks)
+        return structure
+
+    def load(self, structure: Structure) -> Session:
+        """The file loaded, its cost noted."""
+        with self._stage("load"):
+            session = Session(structure.model_path, self.request.provider)
+        self.timings["load_s"] = session.load_s
+        self.timings["load_rss_bytes"] = float(session.load_rss_bytes)
+        self.provider = session.provider
+        self.notices.extend(session.notices)
+        return session
+
+    def run_onnx(self, structure: Structure) -> _Runs:
+        """Logits of the parity cases, and the perplexity, of the ONNX model; closed again afterwards."""
+        model = CausalLM(self.load(structure))
+        self.compute_dtype = model.compute_dtype(structure.stored_dtype)
+        runs = _Runs(self._parity_logits(model))
+        windows = self._windows(self.request.windows_path)
+        if windows is not None:
+            with self._stage("perplexity"):
+                self.perplexity["onnx"] = self._perplexity(model.logits, windows, "perplexity")
+        del model
+        gc.collect()
+        return runs
+
+    def compare(self, runs: _Runs) -> _Failed | None:
+        """Judge parity, and measure the reference's perplexity where it is not known."""
+        windows = self._windows(self.request.windows_path)
+        measure = windows is not None and self.perplexity["recovered"] is None
+        if self.request.reference_factory is None or not (runs.logits or measure):
+            return None
+        failed = None
+        with self._stage("reference"):
+            reference = _make(self.request.reference_factory, self.request.reference_arguments)
+            for case, found in runs.logits:
+                check = judge(
+                    case, run_reference(reference, case), found, self._tolerance, self.request.gates
+                )
+                self.checks.append(check)
+                if check.status == "failed" and failed is None:
+                    failed = _Failed(case, reference.block_outputs(case.ids, case.attention_mask))
+            if windows is not None and measure:
+                self.perplexity["recovered"] = self._perplexity(reference.logits, windows, "reference")
+            del reference
+            gc.collect()
+        return failed
+
+    def locate(self, structure: Structure, failed: _Failed) -> None:
+        """Name the block at which the graph first leaves the reference."""
+        names = structure.block_outputs
+        if len(names) != len(failed.block_outputs):
+            counts = f"{len(names)} block outputs, the reference has {len(failed.block_outputs)}"
+            self.first_divergence = f"not located: the manifest names {counts}"
+            return
+        with self._stage("divergence"):
+            try:
+                session = Session(structure.model_path, self.request.provider, extra_outputs=names)
+                self.first_divergence = first_divergence(
+                    CausalLM(session), failed.case, failed.block_outputs, names, self._tolerance
+                )
+            except ValidationError as error:
+                # The failed check stands with or without its place.
+                self.first_divergence = f"not located: {error}"
+
+    def measure_dense(self) -> None:
+        """Measure the dense model's perplexity where it is not known and a model is given."""
+        windows = self._windows(self.request.windows_path)
+        if self.request.dense_factory is None or windows is None or self.perplexity["dense"] is not None:
+            return
+        with self._stage("dense"):
+            dense = _make(self.request.dense_factory, self.request.dense_arguments)
+            self.perplexity["dense"] = self._perplexity(dense.logits, windows, "dense")
+            del dense
+            gc.collect()
+
+    def judge_perplexity(self) -> None:
+        """The two checks on perplexity."""
+        self.checks.append(drift_check(self.perplexity, self._tolerance, self.request.gates))
+        self.checks.append(increase_check(self.perplexity, self.request.gates))
+
+    def skip_running(self, why: str) -> None:
+        """Skip every check that runs the model."""
+        for name in (*_PARITY_NAMES, "perplexity-drift", "perplexity-increase"):
+            self.checks.append(skipped(name, why))
+
+    def report(self) -> ValidationReport:
+        """All that was found."""
+        required = {*self.request.require, *implied_requirements(self.request.gates)}
+        return ValidationReport(
+            checks=complete(self.checks, required),
+            perplexity=self.perplexity,
+            provider=self.provider,
+            compute_dtype=self.compute_dtype,
+            first_divergence=self.first_divergence,
+            timings=self.timings,
+            notices=tuple(self.notices),
+        )
+
+    @property
+    def _tolerance(self) -> Tolerance:
+        return TOLERANCES[self.compute_dtype or "float32"]
+
+    def _parity_logits(self, model: CausalLM) -> list[tuple[ParityCase, Floats]]:
+        """Each parity case with the ONNX model's logits; what cannot be compared becomes a skipped check."""
+        windows = self._windows(self.request.parity_ids_path or self.request.windows_path)
+        why = "no reference was given" if self.request.reference_factory is None else "no text was given"
+        if windows is None or self.request.reference_factory is None:
+            self.checks.extend(skipped(name, why) for name in _PARITY_NAMES)
+            return []
+        cases, impossible = parity_cases(windows, model)
+        self.checks.extend(impossible)
+        logits = []
+        with self._stage("parity"):
+            for done, case in enumerate(cases, start=1):
+                logits.append((case, run_onnx(model, case)))
+                self.on_progress(ValidationProgress("parity", done, len(cases)))
+        return logits
+
+    def _perplexity(self, logits_of: Any, windows: Ids, stage: str) -> float:
+        from validators.perplexity import measure_perplexity  # it imports torch, after the load was measured
+
+        def on_window(done: int, total: int) -> None:
+            self.on_progress(ValidationProgress(stage, done, total))
+
+        return measure_perplexity(logits_of, windows, on_window)
+
+    def _windows(self, path: str | None) -> Ids | None:
+        return None if path is None else read_windows(Path(path))
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """Tell that a stage begins, and note its seconds under ``<name>_s`` of the timings."""
+        self.on_progress(ValidationProgress(name))
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings[f"{name}_s"] = time.perf_counter() - started
+
+
+def read_windows(path: Path) -> Ids:
+    """Token windows (N, T) int64 from a ``.npy`` file.
+
+    Raises:
+        ValidationUsageError: E-VALIDATE-WINDOWS: the file holds something else.
+    """
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise _windows_error(path, str(error)) from error
+    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.dtype != np.int64:
+        raise _windows_error(path, f"{getattr(ids, 'dtype', '?')} of shape {getattr(ids, 'shape', '?')}")
+    if ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise _windows_error(path, f"shape {ids.shape}: no window of at least 2 tokens")
+    return ids
+
+
+def _make(factory: str, arguments: Mapping[str, Any]) -> Reference:
+    """The model that the "module:function" returns."""
+    module, _, function = factory.partition(":")
+    made: Reference = getattr(importlib.import_module(module), function)(**arguments)
+    return made
+
+
+def _windows_error(path: Path, what: str) -> ValidationUsageError:
+    return ValidationUsageError(
+        "E-VALIDATE-WINDOWS",
+        f"{path}: expected token windows, int64 (windows, tokens): {what}",
+        "write them with numpy.save from evaluation_windows(...).ids",
+    )
