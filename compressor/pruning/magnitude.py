@@ -37,4 +37,4 @@ def magnitude_mask(W: Tensor, pattern: SparsityPattern) -> Mask:
     S = W.abs()
     if pattern.is_n_m:
         return ~lowest_in_groups(S, pattern)
-    return ~lowest(S.view(1, -1), pruned_count(S.numel(), pattern.sparsity)).view(S.shape)
+    return ~lowest(S.reshape(1, -1), pruned_count(S.numel(), pattern.sparsity)).view(S.shape)

@@ -39,7 +39,7 @@ class SparseGPT:
         *,
         name: str = "weight",
     ) -> Pruned:
-        """The pruned copy of ``W`` (out, in); floor(out * width * s) zeros per block of columns, or by groups.
+        """The pruned copy of ``W`` (out, in); floor(out * width * s) zeros per column block, or by groups.
 
         Raises:
             InputRefused: NaN or infinity in the inputs, or a Hessian that no damping makes positive definite.

@@ -1,0 +1,72 @@
+"""A tiny residual block with masks and windows, for the tests of block repair."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compressor.recovery.block_io import BlockIO
+from compressor.streams import Activations
+
+
+class TinyBlock(nn.Module):
+    """x + down(gelu(up(norm(x)))), with a router that weighs the result and a parameter that is never used."""
+
+    def __init__(self, width: int = 8, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.norm = nn.RMSNorm(width)
+            self.up = nn.Linear(width, 2 * width)
+            self.down = nn.Linear(2 * width, width)
+            self.router = nn.Linear(width, 1)
+            self.unused = nn.Parameter(torch.ones(3))
+        self.eval().requires_grad_(False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        normed = self.norm(hidden)
+        widened = nn.functional.gelu(self.up(normed))
+        return hidden + torch.sigmoid(self.router(normed)) * self.down(widened)
+
+
+@dataclass
+class Sample:
+    """A dense block, its pruned copy, the masks, and what the repair sees."""
+
+    dense: TinyBlock
+    block: TinyBlock
+    masks: dict[str, Tensor]
+    io: BlockIO
+
+
+def sample(windows: int = 12, heldout: int = 4, seqlen: int = 6, amp: torch.dtype | None = None) -> Sample:
+    """A block whose linears lost half their weights, with targets of the dense block on the same inputs."""
+    dense = TinyBlock()
+    block = copy.deepcopy(dense)
+    generator = torch.Generator().manual_seed(1)
+    masks = {}
+    for name in ("up.weight", "down.weight"):
+        weight = block.get_parameter(name)
+        masks[name] = torch.rand(weight.shape, generator=generator) > 0.5
+        weight.masked_fill_(~masks[name], 0.0)
+    inputs = torch.randn(windows + heldout, seqlen, 8, generator=generator)
+    targets = dense(inputs)
+    io = BlockIO(
+        inputs=Activations.filled(inputs[:windows]),
+        targets=Activations.filled(targets[:windows]),
+        heldout_inputs=Activations.filled(inputs[windows:]),
+        heldout_targets=Activations.filled(targets[windows:]),
+        forward=lambda module, hidden: module(hidden),
+        device=torch.device("cpu"),
+        amp_dtype=amp,
+    )
+    return Sample(dense, block, masks, io)
+
+
+def weights_of(block: nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters."""
+    return {name: weight.detach().clone() for name, weight in block.named_parameters()}
