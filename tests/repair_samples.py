@@ -13,7 +13,7 @@ from compressor.streams import Activations
 
 
 class TinyBlock(nn.Module):
-    """x + down(gelu(up(norm(x)))), with a router that weighs the result and a parameter that is never used."""
+    """x + w * down(gelu(up(norm(x)))), w from a router; and a parameter that is never used."""
 
     def __init__(self, width: int = 8, seed: int = 0) -> None:
         super().__init__()

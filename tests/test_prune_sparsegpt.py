@@ -45,7 +45,7 @@ def damped(X: Tensor, damping: float = 0.01) -> Tensor:
 
 
 def oracle(W: Tensor, H: Tensor, pattern: SparsityPattern, block: int) -> tuple[Tensor, Tensor]:
-    """Optimal brain surgeon, column by column; H^-1 of the columns that are left is computed anew each time."""
+    """Optimal brain surgeon, column by column; H^-1 of the columns left, anew for each."""
     W, mask = W.double().clone(), torch.ones_like(W, dtype=torch.bool)
     step = pattern.m or block
     for start in range(0, W.shape[1], step):
