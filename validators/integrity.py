@@ -68,12 +68,21 @@ def check_manifest(request: ValidationRequest) -> tuple[Manifest | None, Check]:
     return manifest, Check("manifest", "passed", 0, 0, "altered files", why)
 
 
-def check_rows(manifest: Manifest, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse a manifest with a row that is not a tensor of the file.
+def check_contents(manifest: Manifest, folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse a model with a data file that has no hash, and a manifest with a row that is no tensor of it.
+
+    Args:
+        manifest: Its file names are relative to ``folder``.
+        folder: Where the manifest lies.
+        tensors: The model's constants by name.
 
     Raises:
-        ValidationError: E-MANIFEST-MISMATCH, naming the tensor.
+        ValidationError: E-MANIFEST-MISMATCH, naming the file or the tensor.
     """
+    hashed = {(folder / row.name).resolve() for row in manifest.files}
+    for data_file in {path for tensor in tensors.values() for path in tensor.data_files}:
+        if data_file.resolve() not in hashed:
+            raise manifest_mismatch(f"{data_file.name}: holds weights, but the manifest has no hash of it")
     for row in manifest.tensors:
         tensor = tensors.get(row.name)
         if tensor is None:

@@ -15,7 +15,7 @@ from exporters.read import OnnxFile, read_model
 from validators.checks import Check
 from validators.errors import ValidationError
 from validators.events import OnProgress, ValidationProgress, ignore
-from validators.integrity import WatchedFiles, check_manifest, check_rows, watch
+from validators.integrity import WatchedFiles, check_contents, check_manifest, watch
 from validators.request import ValidationRequest
 from validators.session import first_line
 from validators.survey import Survey
@@ -57,7 +57,7 @@ def examine_structure(request: ValidationRequest, on_progress: OnProgress = igno
     masks = None if request.masks_path is None else read_masks(Path(request.masks_path))
     tensors = {tensor.name: tensor for tensor in model.tensors}
     if manifest is not None:
-        check_rows(manifest, tensors)
+        check_contents(manifest, Path(request.manifest_path or ".").parent, tensors)
     survey = Survey(manifest, masks, request.pattern)
     for done, tensor in enumerate(model.tensors, start=1):
         survey.add(tensor)
@@ -95,7 +95,7 @@ def run_checker(path: Path) -> None:
 
 def _companions(model: OnnxFile, manifest: Manifest | None, request: ValidationRequest) -> Iterator[Path]:
     """The files beside the model that its meaning depends on."""
-    for tensor in model.proto.graph.initializer:
-        yield from (model.path.parent / e.value for e in tensor.external_data if e.key == "location")
+    for tensor in model.tensors:
+        yield from tensor.data_files
     if manifest is not None and request.manifest_path is not None:
         yield from (Path(request.manifest_path).parent / row.name for row in manifest.files)

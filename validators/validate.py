@@ -217,10 +217,13 @@ class _Child:
             return _out_of_memory(f"{self._where()}: the child could not allocate memory")
         # Windows reports a crash as an exit code such as 0xC0000005.
         if code < 0 or code >= 0xC0000000:
+            in_torch = self._stage in ("reference", "dense")
             return ValidationError(
                 "E-VALIDATE-CRASHED",
                 f"{self._where()}: the child process crashed ({_signal_name(code)})",
-                "the file is most likely damaged: export it again",
+                f"the {self._stage} model crashed, not the ONNX file: look at that model"
+                if in_torch
+                else "the file is most likely damaged: export it again",
             )
         return self._broken(tail)
 
