@@ -8,9 +8,10 @@ each block is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from exporters.errors import ExportError
 
-__all__ = ["BlockCall", "BlockList", "Captured", "capture", "find_blocks", "recording", "run_head"]
+__all__ = ["BlockCall", "BlockList", "Captured", "capture", "find_blocks", "replaced_blocks", "run_head"]
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,14 @@ class Captured:
 
 
 class _StandIn(nn.Module):
-    """Takes a block's place: notes the call and returns the hidden state that it was given or made with."""
+    """Takes a block's place and returns what `answer` makes of the call."""
 
-    def __init__(
-        self, block: nn.Module, returns_tuple: bool, calls: list[BlockCall], injected: Tensor | None
-    ) -> None:
+    def __init__(self, block: nn.Module, answer: Callable[[BlockCall], Tensor], as_tuple: bool) -> None:
         super().__init__()
         # In a tuple the block is no submodule, so that its parameters are not part of the probed model.
         self._replaced = (block,)
-        self._returns_tuple = returns_tuple
-        self._calls = calls
-        self._injected = injected
+        self._answer = answer
+        self._as_tuple = as_tuple
 
     def __getattr__(self, name: str) -> Any:
         # Parents read attributes of their blocks (attention_type); whatever is not here comes from the block.
@@ -116,10 +114,8 @@ class _StandIn(nn.Module):
             return getattr(self.__dict__["_replaced"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = BlockCall(args, kwargs)
-        self._calls.append(call)
-        hidden = call.hidden if self._injected is None else self._injected
-        return (hidden, None) if self._returns_tuple else hidden
+        hidden = self._answer(BlockCall(args, kwargs))
+        return (hidden, None) if self._as_tuple else hidden
 
 
 class _FirstCall(Exception):
@@ -128,11 +124,6 @@ class _FirstCall(Exception):
     def __init__(self, call: BlockCall) -> None:
         super().__init__()
         self.call = call
-
-
-class _Interrupter(_StandIn):
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise _FirstCall(BlockCall(args, kwargs))
 
 
 def find_blocks(model: nn.Module) -> BlockList:
@@ -173,7 +164,13 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], blocks: BlockList | Non
         blocks: The result of `find_blocks`, to spare finding them again.
     """
     blocks = blocks or find_blocks(model)
-    with torch.no_grad(), recording(model, blocks) as calls:
+    calls: list[BlockCall] = []
+
+    def record(index: int, call: BlockCall) -> Tensor:
+        calls.append(call)
+        return call.hidden
+
+    with torch.no_grad(), replaced_blocks(model, blocks, record):
         model(**_with_cache_choice(inputs))
     return Captured(calls[0].hidden, tuple(calls))
 
@@ -187,32 +184,23 @@ def run_head(model: nn.Module, hidden: Tensor, *, blocks: BlockList | None = Non
     """
     if "input_ids" not in inputs:
         inputs.update(_zeros(hidden.shape[0], hidden.shape[1], hidden.device))
-    with recording(model, blocks or find_blocks(model), injected=hidden):
+    with replaced_blocks(model, blocks or find_blocks(model), lambda index, call: hidden):
         logits: Tensor = model(**_with_cache_choice(inputs)).logits
     return logits
 
 
 @contextmanager
-def recording(
-    model: nn.Module, blocks: BlockList, injected: Tensor | None = None
-) -> Iterator[list[BlockCall]]:
-    """Replace the blocks of `model` while the context is open; yield the list that collects their calls.
-
-    Args:
-        injected: What the replacements return instead of the hidden state that they are given.
-    """
-    calls: list[BlockCall] = []
-    with _replaced(
-        model, blocks, [_StandIn(b, blocks.returns_tuple, calls, injected) for b in blocks.modules]
-    ):
-        yield calls
-
-
-@contextmanager
-def _replaced(model: nn.Module, blocks: BlockList, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
+def replaced_blocks(
+    model: nn.Module, blocks: BlockList, answer: Callable[[int, BlockCall], Tensor]
+) -> Iterator[None]:
+    """Replace the blocks, while the context is open, by modules that return ``answer(index, call)``."""
     parent_name, _, attribute = blocks.name.rpartition(".")
     parent = model.get_submodule(parent_name)
     original = getattr(parent, attribute)
+    stand_ins = [
+        _StandIn(block, partial(answer, index), blocks.returns_tuple)
+        for index, block in enumerate(blocks.modules)
+    ]
     setattr(parent, attribute, nn.ModuleList(stand_ins))
     try:
         yield
@@ -225,10 +213,11 @@ def _returns_tuple(model: nn.Module, blocks: BlockList) -> bool:
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     tokens = _zeros(1, 2, next(embedding.parameters()).device)
     call: BlockCall | None = None
-    with (
-        torch.no_grad(),
-        _replaced(model, blocks, [_Interrupter(b, False, [], None) for b in blocks.modules]),
-    ):
+
+    def interrupt(index: int, call: BlockCall) -> Tensor:
+        raise _FirstCall(call)
+
+    with torch.no_grad(), replaced_blocks(model, blocks, interrupt):
         try:
             model(**tokens, use_cache=False)
         except _FirstCall as stopped:
