@@ -12,14 +12,16 @@ from compressor.errors import InputRefused, OutOfResources
 from compressor.models.checkpoint import Checkpoint, first_line
 from compressor.models.quiet import quiet_transformers
 
-__all__ = ["load_causal_lm", "refuse_nonfinite"]
+__all__ = ["load_causal_lm", "refuse_unusable", "restore_float32_buffers"]
 
 
-def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype, *, traceable: bool = False) -> Any:
     """The whole model on the CPU, its parameters in ``dtype``, in eval mode and without gradients.
 
-    Buffers that are no weights (embedding scales, rotary frequencies) are in float32 whatever ``dtype`` is,
-    unless the model computes in ``dtype`` itself.
+    Args:
+        checkpoint: The model.
+        dtype: What its parameters become.
+        traceable: Choose implementations that ``torch.export`` can follow, at a price in memory.
 
     Raises:
         InputRefused: E-WEIGHTS-MISSING, E-WEIGHTS-SHAPE, E-WEIGHTS-UNREADABLE: the files do not fill the
@@ -39,7 +41,7 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
                 trust_remote_code=checkpoint.architecture.remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
-                **checkpoint.architecture.implementations,
+                **checkpoint.architecture.implementations(traceable=traceable),
             )
     except (MemoryError, torch.OutOfMemoryError):
         raise OutOfResources(
@@ -66,19 +68,29 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def refuse_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse weights that are not finite.
+def refuse_unusable(tensors: Iterable[tuple[str, Tensor]], stored: torch.dtype) -> None:
+    """Refuse weights that are not finite, or would not be in the dtype that they are to be stored in.
 
     Raises:
-        InputRefused: E-WEIGHTS-NONFINITE, naming the first such tensor.
+        InputRefused: E-WEIGHTS-NONFINITE, E-WEIGHTS-OVERFLOW, naming the first such tensor.
     """
     for name, tensor in tensors:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        low, high = torch.aminmax(tensor.detach())  # both are NaN where any element is
+        if not (torch.isfinite(low) and torch.isfinite(high)):
             count = int((~torch.isfinite(tensor)).sum())
             raise InputRefused(
                 "E-WEIGHTS-NONFINITE",
                 f"{name} has {count} weights of {tensor.numel()} that are NaN or infinite",
                 "fetch the model again, or use another checkpoint",
+            )
+        largest = max(-low.item(), high.item())
+        if not torch.isfinite(torch.tensor(largest).to(stored)):
+            raise InputRefused(
+                "E-WEIGHTS-OVERFLOW",
+                f"{name} has a weight of {largest:.3g}, beyond {str(stored).removeprefix('torch.')}",
+                "give --dtype bfloat16 or float32",
             )
 
 

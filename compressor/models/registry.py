@@ -19,7 +19,7 @@ class Architecture:
         model_type: ``model_type`` of its config.
         label: Its name for people.
         attention: Attention implementation of transformers that computes the right numbers and can be traced.
-        experts: Experts implementation, or ``None`` for a model without a mixture of experts.
+        experts: Experts implementation that can be traced, or ``None`` without a mixture of experts.
         remote_code: The classes come with the checkpoint and run only because the user trusts them.
     """
 
@@ -29,12 +29,17 @@ class Architecture:
     experts: str | None = None
     remote_code: bool = False
 
-    @property
-    def implementations(self) -> dict[str, str]:
-        """The keyword arguments of ``from_pretrained`` that choose the implementations."""
+    def implementations(self, *, traceable: bool) -> dict[str, str]:
+        """The keyword arguments of ``from_pretrained`` that choose the implementations.
+
+        Args:
+            traceable: Experts that can be traced. They gather a copy of the weights for every token; without
+                it
+                they loop over the experts, each with its tokens.
+        """
         chosen = {"attn_implementation": self.attention}
         if self.experts is not None:
-            chosen["experts_implementation"] = self.experts
+            chosen["experts_implementation"] = self.experts if traceable else "eager"
         return chosen
 
 
@@ -55,7 +60,7 @@ _KNOWN = (
     Architecture("bloom", "BLOOM", attention="eager"),
     Architecture("falcon", "Falcon"),
     Architecture("smollm3", "SmolLM3"),
-    # The other implementations of the experts loop over data and cannot be traced.
+    # The other implementations of the experts loop over data or sort it, and cannot be traced.
     Architecture("mixtral", "Mixtral", experts="batched_mm"),
     Architecture("qwen3_moe", "Qwen3-MoE", experts="batched_mm"),
 )

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from compressor.models.checkpoint import Checkpoint
-from compressor.models.loading import load_causal_lm, refuse_nonfinite, restore_float32_buffers
+from compressor.models.loading import load_causal_lm, refuse_unusable, restore_float32_buffers
 from compressor.models.quiet import quiet_transformers
 from compressor.models.registry import Architecture
 from exporters.probe import BlockCall, capture, find_blocks, run_head
 
-__all__ = ["BlockSource", "LoadedSource", "open_source"]
+__all__ = ["BlockSource", "LoadedSource", "max_seqlen", "open_source"]
 
 # Shapes (B, T) whose masks and tables are kept: full and last batch of calibration, held-out and evaluation
 # windows.
@@ -64,13 +64,11 @@ class BlockSource(Protocol):
         ...
 
     def rest_tensors(self) -> Mapping[str, Tensor]:
-        """Everything that is stored of the model except its blocks, by full name; tied weights share
-        storage."""
+        """What is stored of the model besides its blocks, by full name; tied weights share storage."""
         ...
 
     def stored_form(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Tensors by full name under the names and in the form that checkpoints of this architecture
-        store."""
+        """Tensors by full name, under the names and in the form that checkpoints of this type store."""
         ...
 
     def close(self) -> None:
@@ -85,13 +83,22 @@ class LoadedSource:
         checkpoint: The model.
         device: Where blocks, embedding and head compute.
         compute_dtype: What they compute in.
+        stored_dtype: What the finished model is to be stored in. Embedding, final norm and head are rounded
+            to it
+            at once, since they ship as they are; blocks are rounded when they are committed.
 
     Raises:
-        InputRefused: The files do not fill the model, or weights outside the blocks are not finite.
+        InputRefused: The files do not fill the model; weights are not finite, or beyond the stored dtype's
+            range.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, compute_dtype: torch.dtype = torch.float32
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        compute_dtype: torch.dtype = torch.float32,
+        *,
+        stored_dtype: torch.dtype | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.architecture = checkpoint.architecture
@@ -102,11 +109,12 @@ class LoadedSource:
         self.num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
         self._blocks = find_blocks(self._model)
         self.num_blocks, self.blocks_name = len(self._blocks), self._blocks.name
-        self._move_all_but_blocks()
-        refuse_nonfinite(self.rest_tensors().items())
+        stored = checkpoint.dtype if stored_dtype is None else stored_dtype
+        refuse_unusable(self._model.state_dict().items(), stored)
+        self._move_all_but_blocks(stored)
         self._calls: OrderedDict[tuple[int, ...], Sequence[BlockCall]] = OrderedDict()
         self.vocab_size = int(self._model.get_input_embeddings().weight.shape[0])
-        self.max_seqlen = _max_seqlen(self.config)
+        self.max_seqlen = max_seqlen(self.config)
         self.hidden_size = self.embed(torch.zeros((1, 2), dtype=torch.long)).shape[-1]
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -126,18 +134,11 @@ class LoadedSource:
         return self._blocks.modules[index]
 
     def load_block(self, index: int) -> nn.Module:
-        """A dense block of its own, in the compute dtype on the device, in eval mode, without gradients.
-
-        Raises:
-            InputRefused: E-WEIGHTS-NONFINITE.
-        """
+        """A dense block of its own, in the compute dtype on the device, in eval mode, without gradients."""
         original = self._blocks.modules[index]
         # The config is shared: a copy would cost more than small blocks do.
         block = copy.deepcopy(original, {id(self.config): self.config})
-        block = block.to(device=self._device, dtype=self._dtype).eval().requires_grad_(False)
-        prefix = self._blocks.block_name(index)
-        refuse_nonfinite((f"{prefix}.{name}", tensor) for name, tensor in block.state_dict().items())
-        return block
+        return block.to(device=self._device, dtype=self._dtype).eval().requires_grad_(False)
 
     def forward(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """What ``block``, in the place of block ``index``, makes of ``hidden`` (B, T, D) on the device."""
@@ -155,8 +156,7 @@ class LoadedSource:
             return run_head(self._model, hidden, blocks=self._blocks).float()
 
     def rest_tensors(self) -> Mapping[str, Tensor]:
-        """Everything that is stored of the model except its blocks, by full name; tied weights share
-        storage."""
+        """What is stored of the model besides its blocks, by full name; tied weights share storage."""
         prefix = self.blocks_name + "."
         return {name: t for name, t in self._model.state_dict().items() if not name.startswith(prefix)}
 
@@ -186,25 +186,32 @@ class LoadedSource:
         while len(self._calls) > _KEPT_SHAPES:
             self._calls.popitem(last=False)
 
-    def _move_all_but_blocks(self) -> None:
+    def _move_all_but_blocks(self, stored: torch.dtype) -> None:
         parent_name, _, attribute = self.blocks_name.rpartition(".")
         parent = self._model.get_submodule(parent_name)
         blocks = getattr(parent, attribute)
         setattr(parent, attribute, nn.ModuleList())
+        with torch.no_grad():
+            for parameter in self._model.parameters():
+                parameter.copy_(parameter.to(stored))
         self._model.to(device=self._device, dtype=self._dtype)
         setattr(parent, attribute, blocks)
 
 
 def open_source(
-    checkpoint: Checkpoint, device: torch.device, compute_dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint,
+    device: torch.device,
+    compute_dtype: torch.dtype = torch.float32,
+    *,
+    stored_dtype: torch.dtype | None = None,
 ) -> LoadedSource:
     """The source for a checkpoint; see ``LoadedSource``."""
-    return LoadedSource(checkpoint, device, compute_dtype)
+    return LoadedSource(checkpoint, device, compute_dtype, stored_dtype=stored_dtype)
 
 
-def _max_seqlen(config: Any) -> int:
-    """The most tokens that the model has positions for; for alibi, which has no limit, what it was trained
-    on."""
+def max_seqlen(config: Any) -> int:
+    """The most tokens that the model has positions for; with alibi, which has no limit, its training
+    length."""
     for key in ("max_position_embeddings", "seq_length"):
         limit = getattr(config, key, None)
         if isinstance(limit, int) and limit > 0:

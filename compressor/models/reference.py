@@ -1,0 +1,81 @@
+"""A model folder as the reference that an ONNX file is compared with: float32 arithmetic on the stored
+weights."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compressor.models.checkpoint import open_checkpoint
+from compressor.models.loading import load_causal_lm
+from compressor.models.quiet import quiet_transformers
+from exporters.probe import find_blocks
+from validators.reference import Floats, Ids, Reference, position_ids
+
+__all__ = ["TorchReference", "load_reference"]
+
+
+class TorchReference:
+    """Logits and block outputs of a model in PyTorch.
+
+    Args:
+        model: A causal language model of transformers in eval mode.
+        device: Where it computes; the model is moved there.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._model = model.to(device)
+        self._device = device
+        self._blocks = find_blocks(model)
+
+    def logits(self, ids: Ids, attention_mask: Ids | None = None) -> Floats:
+        """Logits (B, T, V) float32. ``ids``, ``attention_mask``: (B, T); no mask means no padding."""
+        return self._numpy(self._run(ids, attention_mask))
+
+    def block_outputs(self, ids: Ids, attention_mask: Ids | None = None) -> list[Floats]:
+        """Hidden states (B, T, D) float32 that leave each decoder block, first block first."""
+        outputs: list[Floats] = []
+
+        def hook(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            outputs.append(self._numpy(output[0] if isinstance(output, tuple) else output))
+
+        hooks = [block.register_forward_hook(hook) for block in self._blocks.modules]
+        try:
+            self._run(ids, attention_mask)
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return outputs
+
+    def _run(self, ids: Ids, attention_mask: Ids | None) -> Tensor:
+        mask = np.ones_like(ids) if attention_mask is None else attention_mask
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        # OPT and BLOOM take their positions from the mask and have no such argument.
+        if "position_ids" in self._accepted:
+            inputs["position_ids"] = position_ids(mask)
+        tensors = {name: torch.from_numpy(values).to(self._device) for name, values in inputs.items()}
+        with torch.no_grad(), quiet_transformers():
+            logits: Tensor = self._model(**tensors, use_cache=False).logits
+        return logits
+
+    @property
+    def _accepted(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self._model.forward).parameters)
+
+    def _numpy(self, tensor: Tensor) -> Floats:
+        array: Floats = tensor.detach().float().cpu().numpy()
+        return array
+
+
+def load_reference(folder: str, trust_remote_code: bool = False, device: str = "cpu") -> Reference:
+    """The model in ``folder`` (or of a hub id) as a reference.
+
+    Raises:
+        InputRefused: It is no model that can be loaded.
+        HubError: It is a hub id that cannot be fetched.
+    """
+    checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
+    return TorchReference(load_causal_lm(checkpoint, torch.float32), torch.device(device))

@@ -1,0 +1,149 @@
+"""Finished blocks into a Hugging Face folder that stock transformers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compressor.errors import ReportedError
+from compressor.models.loading import refuse_unusable
+from compressor.models.source import BlockSource
+from compressor.models.weight_files import INDEX
+from compressor.sparsity import Mask
+from exporters.masks import PackedMask, pack_mask, write_masks
+
+__all__ = ["CONFIG_NAME", "MASKS_NAME", "CheckpointWriter"]
+
+CONFIG_NAME = "config.json"
+MASKS_NAME = "masks.safetensors"
+_GENERATION_NAME = "generation_config.json"
+# Where the weights came from, and code that is not copied: not true of the written model.
+_DROPPED_SETTINGS = frozenset(
+    {"torch_dtype", "_name_or_path", "_commit_hash", "_from_model_config", "auto_map"}
+)
+
+
+class CheckpointWriter:
+    """Writes a model block by block: one safetensors shard per block, one for the rest, then everything
+    beside.
+
+    Equal weights and masks give equal bytes.
+
+    Args:
+        folder: The folder to write; it is made, and must be empty.
+        source: Where the blocks came from, and everything else of the model.
+        dtype: What the weights are stored in.
+    """
+
+    def __init__(self, folder: Path, source: BlockSource, dtype: torch.dtype) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._source, self._dtype = folder, source, dtype
+        self._masks: dict[str, PackedMask] = {}
+        self._shard_of: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
+
+    def commit(self, index: int, block: nn.Module, masks: Mapping[str, Mask]) -> None:
+        """Store a finished block.
+
+        The block's weights are rounded to the stored dtype in place, so that what flows on is what ships. A
+        weight that is kept and zero all the same, by chance or by rounding, counts as pruned in the stored
+        mask, so that masks and zeros say the same.
+
+        Args:
+            index: Which block it is; each is committed once.
+            block: The block, on any device.
+            masks: By parameter path in the block, in the parameter's shape.
+
+        Raises:
+            InputRefused: E-WEIGHTS-NONFINITE, E-WEIGHTS-OVERFLOW: a weight cannot be stored.
+            ReportedError: E-MASK-BROKEN: a pruned weight is not zero, which is a fault of this program.
+        """
+        prefix = f"{self._source.blocks_name}.{index}."
+        with torch.no_grad():
+            for name, parameter in block.named_parameters():
+                parameter.copy_(self._rounded(prefix + name, parameter))
+        for name, mask in masks.items():
+            self._masks[prefix + name] = _stored_mask(prefix + name, block.get_parameter(name), mask)
+        tensors = {prefix + name: tensor for name, tensor in block.state_dict().items()}
+        self._write_shard(index + 1, tensors)
+
+    def finish(self) -> None:
+        """Store all that is no block: the other weights, index, configs, tokenizer, licences, masks."""
+        total = self._source.num_blocks + 1
+        self._write_shard(total, _without_aliases(self._source.rest_tensors()))
+        order = sorted(self._shard_of)
+        index = {
+            "metadata": {"total_size": sum(self._sizes[name] for name in order)},
+            "weight_map": {name: self._shard_of[name] for name in order},
+        }
+        _write_json(self._folder / INDEX, index)
+        _write_json(self._folder / CONFIG_NAME, self._settings())
+        checkpoint = self._source.checkpoint
+        for path in (checkpoint.folder / _GENERATION_NAME, *checkpoint.copied_files):
+            if path.is_file():
+                shutil.copyfile(path, self._folder / path.name)
+        write_masks(self._folder / MASKS_NAME, self._masks)
+
+    def _write_shard(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        total = self._source.num_blocks + 1
+        shard = f"model-{number:05d}-of-{total:05d}.safetensors"
+        rounded = {name: self._rounded(name, tensor).cpu() for name, tensor in tensors.items()}
+        stored = {name: t.contiguous() for name, t in self._source.stored_form(rounded).items()}
+        save_file(stored, self._folder / shard, metadata={"format": "pt"})
+        for name, tensor in stored.items():
+            self._shard_of[name] = shard
+            self._sizes[name] = tensor.numel() * tensor.element_size()
+
+    def _rounded(self, name: str, tensor: Tensor) -> Tensor:
+        """A floating-point tensor in the stored dtype; another as it is."""
+        if not tensor.is_floating_point():
+            return tensor
+        refuse_unusable([(name, tensor)], self._dtype)
+        return tensor.detach().to(self._dtype)
+
+    def _settings(self) -> dict[str, Any]:
+        checkpoint = self._source.checkpoint
+        own_code = checkpoint.architecture.remote_code
+        dropped = _DROPPED_SETTINGS - ({"auto_map"} if own_code else set())
+        settings = {key: value for key, value in checkpoint.settings.items() if key not in dropped}
+        return {**settings, "dtype": str(self._dtype).removeprefix("torch.")}
+
+
+def _stored_mask(name: str, weight: Tensor, mask: Mask) -> PackedMask:
+    """Where the weight is not zero, after it has been checked that every pruned place is.
+
+    Raises:
+        ReportedError: E-MASK-BROKEN.
+    """
+    kept = weight.detach() != 0
+    revived = int((kept & ~mask.to(kept.device)).sum())
+    if revived:
+        raise ReportedError(
+            "E-MASK-BROKEN",
+            f"{name} has {revived} weights that are pruned and not zero",
+            "report this with the recipe: it is a fault of this program",
+        )
+    return pack_mask(kept.cpu().numpy())
+
+
+def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the further names of tied ones; transformers ties them again when it loads."""
+    seen: set[tuple[int, ...]] = set()
+    kept = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), *tensor.shape)
+        if place not in seen or not tensor.numel():
+            kept[name] = tensor
+        seen.add(place)
+    return kept
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
