@@ -19,6 +19,7 @@ import onnx
 from numpy.typing import NDArray
 
 from exporters.errors import ExportError
+from exporters.protobuf import text
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ def locate(name: str, tensor: onnx.TensorProto, folder: Path, size_bytes: int) -
     Raises:
         ExportError: E-ONNX-DATA-ESCAPES (a path or link out of ``folder``), E-ONNX-DATA-MISSING,
             E-ONNX-DATA-TRUNCATED (the file ends too early), E-ONNX-DATA-MALFORMED (entries without sense).
+        ValueError: An entry is not UTF-8.
     """
-    entries = {entry.key: entry.value for entry in tensor.external_data}
+    entries = {text(entry.key): text(entry.value) for entry in tensor.external_data}
     path = _contained(name, entries.get("location", ""), folder)
     offset = _decimal(name, entries, "offset", 0)
     length = _decimal(name, entries, "length", size_bytes)

@@ -142,7 +142,7 @@ def inspect_model(path: Path, progress: Callable[[int, int], None] | None = None
     return Inspection(
         file=model.path.name,
         file_bytes=_file_bytes(model),
-        metadata={entry.key: entry.value for entry in model.proto.metadata_props},
+        metadata=model.metadata,
         weights=tuple(weights),
         other_tensors=len(others),
         other_bytes=sum(tensor.stored_bytes for tensor in others),

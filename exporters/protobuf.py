@@ -31,6 +31,15 @@ class Field(NamedTuple):
     end: int
 
 
+def text(string: str | bytes) -> str:
+    """A message's string as str. Python's protobuf gives bytes for one that is not UTF-8.
+
+    Raises:
+        ValueError: It is not UTF-8.
+    """
+    return string if isinstance(string, str) else string.decode("utf-8")
+
+
 def varint(number: int) -> bytes:
     """``number`` >= 0 as a varint: seven bits a byte, lowest first, the high bit set on all but the last."""
     encoded = bytearray()

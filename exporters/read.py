@@ -24,7 +24,7 @@ from onnx import SparseTensorProto, TensorProto
 
 from exporters.axes import input_axes
 from exporters.errors import ExportError
-from exporters.protobuf import LENGTH_DELIMITED, Field, fields
+from exporters.protobuf import LENGTH_DELIMITED, Field, fields, text
 from exporters.stored import StoredTensor, dense_tensor, sparse_tensor
 
 MAX_MODEL_BYTES = 2**31 - 1
@@ -39,12 +39,14 @@ class OnnxFile:
     Attributes:
         path: The file.
         proto: The model without ``sparse_initializer``; dense initializers stored inline are inside.
+        metadata: Its ``metadata_props``.
         tensors: Constants: dense initializers, sparse initializers, constants inside nodes, each in the
             file's order. Strings are left out.
     """
 
     path: Path
     proto: onnx.ModelProto
+    metadata: dict[str, str]
     tensors: tuple[StoredTensor, ...]
 
 
@@ -59,7 +61,8 @@ def read_model(path: Path) -> OnnxFile:
     try:
         with _open(path) as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             proto, places = _parse(content)
-            return OnnxFile(path, proto, tuple(_tensors(proto, path, places)))
+            metadata = {text(entry.key): text(entry.value) for entry in proto.metadata_props}
+            return OnnxFile(path, proto, metadata, tuple(_tensors(proto, path, places)))
     except EOFError as error:
         raise ExportError(
             "E-ONNX-TRUNCATED", f"{path}: the file is cut: {error}", "copy the file again, or export again"
@@ -77,9 +80,7 @@ def _open(path: Path) -> BinaryIO:
         raise ExportError(
             "E-ONNX-MISSING", f"{path}: {error.strerror or error}", "give the path of an .onnx file"
         ) from error
-    stream = os.fdopen(descriptor, "rb")
-    status = os.fstat(descriptor)
-    reason = None
+    status, reason = os.fstat(descriptor), None
     if not stat.S_ISREG(status.st_mode):
         reason = ("E-ONNX-MISSING", "not a regular file", "give the path of an .onnx file")
     elif status.st_size == 0:
@@ -87,9 +88,9 @@ def _open(path: Path) -> BinaryIO:
     elif status.st_size > MAX_MODEL_BYTES:
         reason = ("E-ONNX-TOO-LARGE", f"{status.st_size} bytes", "keep the weights in external data")
     if reason is not None:
-        stream.close()
+        os.close(descriptor)
         raise ExportError(reason[0], f"{path}: {reason[1]}", reason[2])
-    return stream
+    return os.fdopen(descriptor, "rb")
 
 
 def _parse(content: mmap.mmap) -> tuple[onnx.ModelProto, list[Field]]:
@@ -135,7 +136,7 @@ def _tensors(proto: onnx.ModelProto, path: Path, places: Iterable[Field]) -> Ite
 def _constants(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, TensorProto | SparseTensorProto]]:
     """The tensors inside the nodes, also of inner graphs, with the name of the node's first output."""
     for node in nodes:
-        name = next(iter(node.output), node.name)
+        name = text(next(iter(node.output), node.name))
         for attribute in node.attribute:
             tensors = [attribute.t] if attribute.HasField("t") else []
             sparse = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []

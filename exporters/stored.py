@@ -19,7 +19,7 @@ from exporters.external import ExternalSpan, locate
 from exporters.fragments import tensor_bytes
 from exporters.manifest import Encoding
 from exporters.masks import BoolArray, nonzero_mask
-from exporters.protobuf import field_head, fields, unpack_varints
+from exporters.protobuf import field_head, fields, text, unpack_varints
 
 _INT64_DATA = 7
 _NUMBERS = frozenset(onnx.helper.get_all_tensor_dtypes()) - {TensorProto.STRING, TensorProto.UNDEFINED}
@@ -137,8 +137,9 @@ def dense_tensor(name: str, message: TensorProto, folder: Path) -> DenseTensor:
 
     Raises:
         ExportError: E-ONNX-TENSOR-MALFORMED, E-ONNX-DATA-*.
+        ValueError: A name is not UTF-8.
     """
-    name = message.name or name
+    name = text(message.name) or name
     shape = _checked_shape(name, message.dims, message.data_type)
     span = _span(name, message, folder)
     stored = _field_bytes(message) + (span.size_bytes if span else 0)
@@ -152,10 +153,11 @@ def sparse_tensor(name: str, read: Callable[[], SparseTensorProto], folder: Path
 
     Raises:
         ExportError: E-ONNX-TENSOR-MALFORMED, E-ONNX-SPARSE-INDICES, E-ONNX-DATA-*.
+        ValueError: A name is not UTF-8.
     """
     message = read()
     values, indices = message.values, message.indices
-    name = values.name or name
+    name = text(values.name) or name
     shape = _checked_shape(name, message.dims, values.data_type)
     if tensor_bytes(shape, values.data_type) > MAX_EXPANDED_BYTES:
         raise malformed(name, f"shape {list(shape)} expands to more than {MAX_EXPANDED_BYTES} bytes")
