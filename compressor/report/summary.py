@@ -1,0 +1,214 @@
+"""What the report says in words: the verdict, the key figures, the sentences under the drawings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from compressor.report import units
+from compressor.report.schema import Report
+from compressor.report.tables import setting
+
+CHECK_MEANINGS = {
+    "manifest": "every model file has the size and sha256 that the manifest states",
+    "structure": "the ONNX checker accepts the file",
+    "finite": "no weight is NaN or infinite",
+    "masks": "each exported weight is zero exactly where its mask is",
+    "pattern": "each N:M group keeps at most N weights",
+    "sparsity": "share of zeros in the pruned weights",
+    "parity-prefill": "logits equal PyTorch's on real text",
+    "parity-decode": "the same, token by token over the KV cache",
+    "parity-padded": "the same, for a left-padded batch",
+    "perplexity-drift": "perplexity in ONNX Runtime equals PyTorch's",
+    "perplexity-increase": "perplexity against the dense model",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The word at the top, the class that colours it, and the sentence under it."""
+
+    word: str
+    kind: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """One number of the head: what it is, the number, and what it compares with."""
+
+    label: str
+    value: str
+    detail: str
+
+
+def title(report: Report) -> str:
+    """The model's name and what was done to it, in a few words."""
+    name = report.model.name.rstrip("/").rpartition("/")[2] or report.model.name
+    sparsity = report.sparsity
+    if sparsity.pattern and ":" in sparsity.pattern:
+        return f"{name}, {sparsity.pattern} sparse"
+    share = sparsity.measured if sparsity.measured is not None else sparsity.target
+    return f"{name}, {units.percent(share, 0)} sparse" if share else name
+
+
+def verdict(report: Report) -> Verdict:
+    """What the checks say together."""
+    validation = report.validation
+    names = {
+        status: [check.name for check in validation.checks if check.status == status]
+        for status in ("passed", "failed", "skipped")
+    }
+    where = f" on {validation.provider}" if validation.provider else ""
+    skipped = f" Skipped: {', '.join(names['skipped'])}." if names["skipped"] else ""
+    if validation.passed is None:
+        return Verdict(
+            "NOT VALIDATED",
+            "open",
+            "No check was made: nothing shows that the ONNX file computes what the PyTorch model computes.",
+        )
+    if validation.passed:
+        return Verdict("PASSED", "good", f"{_checks(len(names['passed']))} passed{where}.{skipped}")
+    made = len(names["passed"]) + len(names["failed"])
+    if not names["failed"]:
+        return Verdict("FAILED", "bad", f"The validation came to no end{where}.{skipped}")
+    return Verdict("FAILED", "bad", f"{len(names['failed'])} of {_checks(made)} failed{where}.{skipped}")
+
+
+def _checks(how_many: int) -> str:
+    return f"{how_many} check{'' if how_many == 1 else 's'}"
+
+
+def key_figures(report: Report) -> list[KeyFigure]:
+    """The numbers of the head that this report has."""
+    figures = (_sparsity(report), _perplexity(report), _repair(report), _size(report), _time(report))
+    return [figure for figure in figures if figure is not None]
+
+
+def _sparsity(report: Report) -> KeyFigure | None:
+    facts = report.sparsity
+    if facts.measured is None:
+        return None
+    kind = facts.pattern if facts.pattern and ":" in facts.pattern else "unstructured"
+    if facts.target is None:
+        return KeyFigure("Sparsity", units.percent(facts.measured), "zeros found in the model")
+    return KeyFigure(
+        "Sparsity", units.percent(facts.measured), f"target {units.percent(facts.target)}, {kind}"
+    )
+
+
+def _perplexity(report: Report) -> KeyFigure | None:
+    facts = report.perplexity
+    versions = (facts.onnx, facts.recovered, facts.pruned)
+    shipped = next((value for value in versions if value is not None), None)
+    if shipped is None:
+        return None
+    label = "Perplexity" if facts.onnx is not None else "Perplexity in PyTorch"
+    against = units.change(shipped, facts.dense)
+    detail = f"dense {units.perplexity(facts.dense)}" + (f" ({against})" if against else "")
+    return KeyFigure(label, units.perplexity(shipped), detail)
+
+
+def _repair(report: Report) -> KeyFigure | None:
+    dense, pruned, recovered = report.perplexity.dense, report.perplexity.pruned, report.perplexity.recovered
+    if report.recovery in (None, "none") or dense is None or pruned is None or recovered is None:
+        return None
+    if not dense < pruned < math.inf:  # pruning opened no gap that can be measured
+        return None
+    closed = units.percent((pruned - recovered) / (pruned - dense))
+    return KeyFigure("Gap closed", closed, f"from pruned only to dense, by {report.recovery.upper()}")
+
+
+def _size(report: Report) -> KeyFigure | None:
+    size = report.size
+    if size.onnx_bytes is None:
+        return None
+    if not size.dense_bytes:
+        return KeyFigure("Size", units.byte_size(size.onnx_bytes), "on disk")
+    share = units.percent(size.onnx_bytes / size.dense_bytes, 0)
+    detail = f"{share} of dense, {units.byte_size(size.dense_bytes)}"
+    return KeyFigure("Size", units.byte_size(size.onnx_bytes), detail)
+
+
+def _time(report: Report) -> KeyFigure | None:
+    if not report.timings:
+        return None
+    return KeyFigure("Time", units.duration(sum(report.timings.values())), report.device or "whole run")
+
+
+def protocol(report: Report) -> str | None:
+    """How perplexity was measured, as one sentence."""
+    facts = report.perplexity.protocol
+    if facts is None:
+        return None
+    overlap = "without overlap" if facts.stride == facts.window else f"stride {facts.stride}"
+    parts = [
+        f"{units.number(facts.windows)} windows of {units.number(facts.window)} tokens, {overlap}, "
+        f"{units.number(facts.tokens)} tokens predicted",
+        f"text {facts.source}",
+        f"BOS: {setting(facts.bos)}" if facts.bos is not None else "",
+        f"join: {facts.join}" if facts.join else "",
+        f"computed in {facts.dtype}" if facts.dtype else "",
+        f"{units.number(facts.dropped_tokens)} tail tokens dropped" if facts.dropped_tokens else "",
+    ]
+    return "; ".join(part for part in parts if part) + "."
+
+
+def loss_summary(report: Report) -> str | None:
+    """How far the repair brought the blocks' losses down, in one sentence."""
+    pairs = [(block.loss_before, block.loss_after) for block in report.blocks]
+    shares = sorted(after / before for before, after in pairs if before and after is not None)
+    if not shares or not all(map(math.isfinite, shares)):
+        return None
+    kept = sum(block.best_step == 0 for block in report.blocks)
+    left = f"In the median block {units.percent(shares[len(shares) // 2])} of the loss is left."
+    return (
+        f"{left} {kept} of {len(pairs)} blocks stayed as pruned: no step made them better." if kept else left
+    )
+
+
+def learning_rate(report: Report) -> str | None:
+    """Which learning rate was used and how it came about, in one sentence."""
+    facts = report.learning_rate
+    if facts is None:
+        return None
+    if not facts.tried:
+        return f"Learning rate {units.number(facts.chosen)}, as given."
+    tried = ", ".join(units.number(lr) for lr in facts.tried)
+    return f"Learning rate {units.number(facts.chosen)}, chosen on held-out windows from {tried}."
+
+
+def model(report: Report) -> list[tuple[str, str]]:
+    """The model's facts that are known."""
+    facts, size = report.model, report.size
+    parameters = None if facts.parameters is None else f"{units.count(facts.parameters)} (tied weights once)"
+    rows = [
+        ("name", facts.name),
+        ("revision", facts.revision),
+        ("architecture", facts.architecture),
+        ("parameters", parameters),
+        ("checkpoint", _stored(facts.checkpoint_dtype, size.source_bytes)),
+        ("exported", _stored(facts.export_dtype, size.onnx_bytes)),
+    ]
+    return [(key, value) for key, value in rows if value]
+
+
+def _stored(dtype: str | None, size_bytes: int | None) -> str:
+    size = None if size_bytes is None else units.byte_size(size_bytes)
+    return ", ".join(part for part in (dtype, size) if part)
+
+
+def sparsity_summary(report: Report) -> str | None:
+    """How far the weights' sparsities lie apart, in one sentence."""
+    weights = report.weights
+    if not weights:
+        return None
+    lowest = min(weights, key=lambda row: row.sparsity)
+    highest = max(weights, key=lambda row: row.sparsity)
+    low, high = units.percent(lowest.sparsity), units.percent(highest.sparsity)
+    if low == high:
+        return f"All {units.number(len(weights))} pruned weights: {low} zeros."
+    return (
+        f"{units.number(len(weights))} pruned weights, from {low} (block {lowest.block}, {lowest.name}) "
+        f"to {high} (block {highest.block}, {highest.name})."
+    )
