@@ -13,8 +13,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compressor.delivery import CompressionResult
     from compressor.exporting import export
-    from compressor.pipeline import CompressionResult, compress
+    from compressor.pipeline import compress
     from compressor.recipe import Recipe, read_recipe
     from compressor.validation import validate_export as validate
     from exporters.errors import ReportedError
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CompressionResult": ("compressor.pipeline", "CompressionResult"),
+    "CompressionResult": ("compressor.delivery", "CompressionResult"),
     "Recipe": ("compressor.recipe", "Recipe"),
     "ReportedError": ("exporters.errors", "ReportedError"),
     "compress": ("compressor.pipeline", "compress"),
@@ -46,9 +47,12 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """The public name from the module it lives in, or the version of the installed distribution."""
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("blockpress")
+        try:
+            return version("blockpress")
+        except PackageNotFoundError:
+            return "source, not installed"
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOMES[name]

@@ -1,0 +1,123 @@
+"""``compress inspect``: what is in an ONNX file, weight by weight, and what each encoding would cost."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from compressor.cli import options
+from compressor.cli.sections import SectionedCommand
+
+if TYPE_CHECKING:
+    from exporters.inspect import Inspection, WeightRow
+
+COLUMNS = (
+    "weight",
+    "shape",
+    "type",
+    "stored",
+    "nnz",
+    "sparsity",
+    "N:M",
+    "as dense",
+    "as sparse",
+    "as bitmask",
+)
+LEFT = 4  # columns of text, aligned to the left; the others are figures
+
+
+@click.command("inspect", cls=SectionedCommand, short_help="List what an ONNX file holds, weight by weight.")
+@click.argument("path", metavar="ONNX")
+@options.talk_options
+def command(path: str, as_json: bool, verbose: bool, quiet: bool) -> int:
+    """List the weights of ONNX, a file or a folder with model.onnx: zeros, patterns, bytes by encoding."""
+    from compressor.cli.session import open_session
+    from compressor.cli.signals import stop_at_once
+
+    with open_session("inspect", quiet=quiet, verbose=verbose) as session, stop_at_once():
+        from exporters.inspect import inspect_model
+
+        file = Path(path)
+        inspection = inspect_model(file / "model.onnx" if file.is_dir() else file)
+        if as_json:
+            text = json.dumps(inspection.to_json(), indent=1, ensure_ascii=False)
+        else:
+            text = "\n".join([*([] if quiet else [_table(inspection), ""]), *_totals(inspection)])
+        session.result(text)
+    return 0
+
+
+def _cells(row: WeightRow) -> tuple[str, ...]:
+    from compressor.report.units import byte_size, percent
+
+    sizes = [row.bytes_by_encoding.get(kind) for kind in ("dense", "sparse", "bitmask")]
+    return (
+        row.name,
+        "×".join(str(side) for side in row.shape),
+        row.dtype,
+        row.encoding,
+        str(row.nnz),
+        percent(row.sparsity, 2),
+        row.pattern or "-",
+        *("-" if size is None else byte_size(size) for size in sizes),
+    )
+
+
+def _table(inspection: Inspection) -> str:
+    """The table: drawn to fit a terminal, plain columns anywhere else."""
+    from compressor.cli.styles import is_terminal
+
+    rows = [_cells(row) for row in inspection.weights]
+    return _drawn(rows) if is_terminal(sys.stdout) else _plain(rows)
+
+
+def _plain(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    lines = []
+    for cells in [COLUMNS, *rows]:
+        aligned = [
+            cell.ljust(width) if place < LEFT else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join(lines)
+
+
+def _drawn(rows: list[tuple[str, ...]]) -> str:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=sys.stdout)
+    table = Table(box=SIMPLE, pad_edge=False)
+    for place, name in enumerate(COLUMNS):
+        table.add_column(name, justify="left" if place < LEFT else "right", overflow="fold")
+    for cells in rows:
+        table.add_row(*cells)
+    with console.capture() as capture:
+        console.print(table, markup=False)
+    return capture.get().rstrip()
+
+
+def _totals(inspection: Inspection) -> list[str]:
+    from compressor.cli.wording import labelled
+    from compressor.report.units import byte_size, percent
+
+    stored = inspection.tensors_by_encoding
+    files = ", ".join(f"{name} {byte_size(size)}" for name, size in inspection.file_bytes.items())
+    forms = ", ".join(f"{byte_size(size)} {kind}" for kind, size in inspection.bytes_by_encoding.items())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in stored.items() if count)
+    return [
+        labelled("files", files),
+        labelled(
+            "weights",
+            f"{len(inspection.weights)} ({kinds or 'none'}) · {percent(inspection.sparsity, 2)} zeros · "
+            f"{byte_size(inspection.stored_bytes)} stored",
+        ),
+        labelled("if all were", forms),
+        labelled("other tensors", f"{inspection.other_tensors} · {byte_size(inspection.other_bytes)}"),
+    ]

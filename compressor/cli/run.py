@@ -1,0 +1,75 @@
+"""``compress run``: prune, repair, export, validate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from compressor.cli import options
+from compressor.cli.sections import SectionedCommand
+
+GATE_FAILED = 4
+
+
+@click.command("run", cls=SectionedCommand, short_help="Prune, repair, export and validate a model.")
+@click.argument("model")
+@options.output_options
+@options.recipe_options
+@options.settings(
+    options.PRUNING,
+    options.RECOVERY,
+    options.CALIBRATION,
+    options.EVALUATION,
+    options.EXPORT,
+    options.GATES,
+)
+@options.device_option
+@options.model_options
+@options.no_validate_option
+@options.validation_options
+@options.talk_options
+def command(
+    model: str,
+    out: str,
+    force: bool,
+    recipe: str | None,
+    assignments: tuple[str, ...],
+    seed: int | None,
+    overrides: dict[str, Any],
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+    no_validate: bool,
+    **choices: Any,
+) -> int:
+    """Prune MODEL, repair it block by block, export it and prove the file right.
+
+    MODEL is a Hugging Face folder or a hub id. Options beat the recipe, the recipe beats the defaults.
+    """
+    from compressor.cli.session import open_session
+    from compressor.cli.signals import stop_between_blocks
+    from compressor.cli.summary import result_text
+    from compressor.run.output import reserve_output
+
+    with open_session("run", quiet=quiet, verbose=verbose) as session:
+        settings = options.recipe_overrides(assignments, overrides, seed)
+        from compressor.recipe import read_recipe
+
+        chosen = read_recipe(recipe, settings)
+        with stop_between_blocks(session.display.line) as stop, reserve_output(out, force, model=model):
+            from compressor.pipeline import compress  # loads torch, so after the lock
+
+            result = compress(
+                model,
+                out,
+                chosen,
+                force=force,
+                validate=not no_validate,
+                stop=stop,
+                progress=session.progress,
+                **choices,
+            )
+        text = result_text(result.report, result.out, result.html_path, as_json=as_json, quiet=quiet)
+        session.result(text, result.report["notices"])
+    return GATE_FAILED if result.passed is False else 0

@@ -1,0 +1,34 @@
+"""Colour, where a terminal shows it and nobody has asked for none."""
+
+from __future__ import annotations
+
+import os
+from typing import IO
+
+import click
+
+
+def is_terminal(stream: IO[str]) -> bool:
+    """Whether ``stream`` is a terminal that moves its cursor."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _styled(text: str, stream: IO[str], colour: str) -> str:
+    if not is_terminal(stream) or os.environ.get("NO_COLOR"):
+        return text
+    return click.style(text, fg=colour, bold=True)
+
+
+def bold_red(text: str, stream: IO[str]) -> str:
+    """``text``, red where ``stream`` shows colours."""
+    return _styled(text, stream, "red")
+
+
+def bold_green(text: str, stream: IO[str]) -> str:
+    """``text``, green where ``stream`` shows colours."""
+    return _styled(text, stream, "green")
+
+
+def bold_yellow(text: str, stream: IO[str]) -> str:
+    """``text``, yellow where ``stream`` shows colours."""
+    return _styled(text, stream, "yellow")

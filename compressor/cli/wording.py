@@ -1,0 +1,96 @@
+"""What a progress event says, in one line for a terminal and for a log alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from compressor.progress import (
+    BlockFinished,
+    BlockProgress,
+    Event,
+    LearningRateChosen,
+    Notice,
+    RunStarted,
+    StageStarted,
+    TextReady,
+)
+from compressor.report.units import count, duration, number
+
+LABEL_WIDTH = 15
+
+
+def labelled(label: str, text: str) -> str:
+    """``text`` behind a label in a column of its own."""
+    return f"{label:<{LABEL_WIDTH}}{text}".rstrip()
+
+
+def describe(event: Event) -> list[str]:
+    """The lines that tell of an event; none for one that only moves a bar."""
+    if isinstance(event, RunStarted):
+        return _run_started(event)
+    if isinstance(event, TextReady):
+        kept = f", {event.heldout_windows} more held out" if event.heldout_windows else ""
+        return [
+            labelled(
+                event.role, f"{event.source}, {event.windows} windows × {event.window_tokens} tokens{kept}"
+            )
+        ]
+    if isinstance(event, LearningRateChosen):
+        tried = ", ".join(number(lr, 3) for lr in event.tried)
+        return [labelled("learning rate", f"{number(event.lr, 3)}, best of {tried} on held-out windows")]
+    if isinstance(event, BlockFinished):
+        return [labelled("block", block_line(event))]
+    if isinstance(event, StageStarted):
+        return [labelled(event.name, event.detail)]
+    if isinstance(event, Notice):
+        return [labelled("note", event.message)]
+    return []
+
+
+def _run_started(event: RunStarted) -> list[str]:
+    types = event.checkpoint_dtype
+    if event.export_dtype != types:
+        types = f"{types} → {event.export_dtype}"
+    facts = (
+        event.architecture,
+        f"{event.num_blocks} blocks",
+        f"{count(event.prunable_weights)} weights to prune",
+        types,
+        event.device,
+    )
+    return [
+        labelled(event.model, f"  {' · '.join(facts)}"),
+        labelled("plan", f"prune {event.pattern} by {event.pruner} · recovery {event.recovery}"),
+    ]
+
+
+def block_line(event: BlockFinished) -> str:
+    """``7/16  loss 0.0412 → 0.0087 (best at step 290 of 320)  11.0 s``."""
+    losses = f"loss {number(event.loss_before)} → {number(event.loss_after)}"
+    best = f" (best at step {event.best_step} of {event.steps})" if event.steps else ""
+    return f"{event.index + 1}/{event.total}  {losses}{best}  {duration(event.elapsed_s)}"
+
+
+class Remaining:
+    """Time left, from the pace of the blocks so far."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began: float | None = None
+
+    def after(self, done: float, total: int) -> str:
+        """``1 min 50 s left`` after ``done`` of ``total`` blocks, fractions counted; "" when unknown."""
+        now = self._clock()
+        if self._began is None:
+            self._began = now
+        if done <= 0 or done >= total or now <= self._began:
+            return ""
+        return f"{duration((now - self._began) / done * (total - done))} left"
+
+
+def blocks_done(event: BlockProgress | BlockFinished) -> float:
+    """How many blocks are finished, the share of the present one included."""
+    if isinstance(event, BlockFinished):
+        return event.index + 1.0
+    return event.index + (event.step / event.steps if event.steps else 0.0)
