@@ -29,12 +29,16 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cpu")
     match = re.fullmatch(r"cuda(?::(\d{1,3}))?", name)
     if match is None:
-        raise UsageError("E-DEVICE-NAME", f"a device is auto, cpu, cuda or cuda:i; got {name!r}", "give --device auto")
+        raise UsageError(
+            "E-DEVICE-NAME", f"a device is auto, cpu, cuda or cuda:i; got {name!r}", "give --device auto"
+        )
     index = int(match[1] or 0)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= count:
         raise OutOfResources(
-            "E-DEVICE-ABSENT", f"device cuda:{index} is not here; this machine shows {count} CUDA devices", "give --device auto or cpu"
+            "E-DEVICE-ABSENT",
+            f"device cuda:{index} is not here; this machine shows {count} CUDA devices",
+            "give --device auto or cpu",
         )
     return torch.device(f"cuda:{index}")
 
@@ -57,3 +61,10 @@ def export_dtype(choice: str, checkpoint_dtype: torch.dtype) -> torch.dtype:
             "give --dtype float32, float16 or bfloat16",
         )
     return checkpoint_dtype
+
+
+def mixed_precision(device: torch.device) -> torch.dtype | None:
+    """The type that repair computes products in: bfloat16 on CUDA where it is native, else float16; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16

@@ -1,15 +1,15 @@
 """The exception tree of the product; every leaf carries the exit code of the command line.
 
-    ReportedError            exporters.errors; id, message, remedy
-    ├── ExportError      3   exporters: the model cannot be exported, the ONNX file cannot be read
-    ├── ValidationError  3   validators: the file cannot be validated
-    ├── UsageError       2   options or recipe
-    ├── InputRefused     3   the model, the text or a file is unsafe, corrupt or unsupported
-    ├── GateFailed       4   a measured gate failed
-    ├── OutOfResources   5   memory, disk or device
-    ├── OutputRefused    6   the output exists, is locked or cannot be written
-    ├── HubError         7   hub or network
-    └── StoppedSafely   75   stopped by a signal; the same command continues
+ReportedError            exporters.errors; id, message, remedy
+├── ExportError      3   exporters: the model cannot be exported, the ONNX file cannot be read
+├── ValidationError  3   validators: the file cannot be validated
+├── UsageError       2   options or recipe
+├── InputRefused     3   the model, the text or a file is unsafe, corrupt or unsupported
+├── GateFailed       4   a measured gate failed
+├── OutOfResources   5   memory, disk or device
+├── OutputRefused    6   the output exists, is locked or cannot be written
+├── HubError         7   hub or network
+└── StoppedSafely   75   stopped by a signal; the same command continues
 """
 
 from __future__ import annotations

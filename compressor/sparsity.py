@@ -55,7 +55,9 @@ class SparsityPattern:
         """
         if not 0 < n < m:
             raise UsageError(
-                "E-PATTERN-RANGE", f"N:M needs 0 < N < M; got {n}:{m}", "give N weights kept of M, such as --pattern 2:4"
+                "E-PATTERN-RANGE",
+                f"N:M needs 0 < N < M; got {n}:{m}",
+                "give N weights kept of M, such as --pattern 2:4",
             )
         return cls(sparsity=1 - n / m, n=n, m=m)
 
@@ -69,7 +71,9 @@ class SparsityPattern:
         match = re.fullmatch(r"\s*(\d{1,6}):(\d{1,6})\s*", text)
         if match is None:
             raise UsageError(
-                "E-PATTERN-SYNTAX", f"a pattern is N:M, two whole numbers; got {text!r}", "give a pattern such as --pattern 2:4"
+                "E-PATTERN-SYNTAX",
+                f"a pattern is N:M, two whole numbers; got {text!r}",
+                "give a pattern such as --pattern 2:4",
             )
         return cls.n_m(int(match[1]), int(match[2]))
 
@@ -101,4 +105,4 @@ def holds_n_m(mask: Mask, n: int, m: int) -> bool:
     """Whether each group of ``m`` consecutive inputs keeps at most ``n``. ``mask``: (out, in), in divisible by m."""
     if mask.shape[-1] % m:
         return False
-    return bool((mask.unflatten(-1, (-1, m)).sum(-1) <= n).all())
+    return bool((mask.reshape(*mask.shape[:-1], -1, m).sum(-1) <= n).all())

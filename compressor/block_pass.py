@@ -1,0 +1,307 @@
+"""The pass over the decoder blocks: capture, prune, repair, measure, commit; one block in memory at a time.
+
+Block l sees what the already sparse and repaired blocks before it give. Its masks come from those inputs, and are
+frozen before the repair begins.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compressor.devices import mixed_precision
+from compressor.errors import StoppedSafely
+from compressor.models.linears import IgnoreRules, PrunableMatrix, observe_inputs, prunable_matrices
+from compressor.models.source import BlockSource
+from compressor.models.writer import CheckpointWriter
+from compressor.perplexities import PerplexityStreams, Version
+from compressor.progress import BlockFinished, BlockProgress, LearningRateChosen, Notice, Progress
+from compressor.propagation import advance, embedded, visit
+from compressor.pruning import PRUNERS
+from compressor.pruning.pruner import Pruned, check_pattern
+from compressor.recipe import Recipe
+from compressor.recovery import RECOVERIES
+from compressor.recovery.block_io import BlockIO, Repaired
+from compressor.recovery.lr_probe import LearningRateProbe
+from compressor.sparsity import Mask, SparsityPattern
+from compressor.statistics import BlockStatistics
+from compressor.streams import Activations
+
+
+@dataclass(frozen=True)
+class WeightResult:
+    """One pruned matrix: ``block`` index, name in the block, shape (out, in), zeros, note of the pruner."""
+
+    block: int
+    name: str
+    parameter: str
+    shape: tuple[int, int]
+    zeros: int
+    note: str | None
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """One committed block; ``repaired`` is None without a repair."""
+
+    index: int
+    repaired: Repaired | None
+    weights: tuple[WeightResult, ...]
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """All blocks, the perplexities that came out of the same pass, and the learning rate that was used."""
+
+    blocks: tuple[BlockResult, ...]
+    perplexities: dict[str, float]
+    lr: float | None
+    lr_tried: tuple[float, ...]
+
+    @property
+    def measured_sparsity(self) -> float:
+        """Zeros / all, over the pruned matrices."""
+        weights = [weight for block in self.blocks for weight in block.weights]
+        return sum(w.zeros for w in weights) / sum(w.shape[0] * w.shape[1] for w in weights)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the pruner had to say, one line per matrix."""
+        return tuple(
+            f"block {weight.block}, {weight.name}: {weight.note}"
+            for block in self.blocks
+            for weight in block.weights
+            if weight.note
+        )
+
+
+@dataclass
+class _Calibration:
+    """Calibration and held-out windows before the current block, sparse path and (for model targets) dense path."""
+
+    sparse: Activations
+    sparse_heldout: Activations
+    dense: Activations | None
+    dense_heldout: Activations | None
+
+
+def check_plan(source: BlockSource, pattern: SparsityPattern, ignore: IgnoreRules) -> int:
+    """Number of weights to prune, after every matrix of every block has been checked against the pattern.
+
+    Raises:
+        InputRefused: N:M does not divide a matrix' inputs.
+        UsageError: An ignore pattern matches nothing, or everything is ignored.
+    """
+    count = 0
+    for index in range(source.num_blocks):
+        block = source.block_structure(index)
+        for matrix in prunable_matrices(block, f"{source.blocks_name}.{index}", ignore):
+            W = matrix.of(block)
+            check_pattern(f"{source.blocks_name}.{index}.{matrix.name}", W.shape[1], pattern)
+            count += W.numel()
+    ignore.check_all_matched(source)
+    return count
+
+
+class BlockPass:
+    """Prunes and repairs the blocks of a model in order and commits each one to a writer.
+
+    Args:
+        source: The dense blocks.
+        calibration: Training windows (N, T).
+        heldout: Windows (H, T) that only select steps and the learning rate.
+        evaluation: Evaluation windows (E, T).
+        recipe: What to do.
+        pattern: The sparsity to reach.
+        ignore: Which matrices stay dense.
+        device: Where blocks compute.
+        stop: Asked between blocks; true ends the pass.
+        progress: Receives events.
+    """
+
+    def __init__(
+        self,
+        source: BlockSource,
+        calibration: Tensor,
+        heldout: Tensor,
+        evaluation: Tensor,
+        *,
+        recipe: Recipe,
+        pattern: SparsityPattern,
+        ignore: IgnoreRules,
+        device: torch.device,
+        stop: Callable[[], bool],
+        progress: Progress,
+    ) -> None:
+        self._source = source
+        self._recipe = recipe
+        self._pattern = pattern
+        self._ignore = ignore
+        self._device = device
+        self._stop = stop
+        self._progress = progress
+        self._repair = RECOVERIES[recipe.recovery.method]
+        self._pruner = PRUNERS[recipe.pruning.method]
+        self._probe = LearningRateProbe(recipe.recovery)
+        versions: tuple[Version, ...] = (
+            ("dense", "pruned", "recovered") if self._repair else ("dense", "pruned")
+        )
+        self._evaluation = PerplexityStreams(source, evaluation, device, versions)
+        sparse, sparse_heldout = embedded(source, calibration, device), embedded(source, heldout, device)
+        dense = dense_heldout = None
+        if self._repair and recipe.recovery.targets == "model":
+            dense = Activations.filled(sparse.states, device=device)
+            dense_heldout = Activations.filled(sparse_heldout.states, device=device)
+        self._calibration = _Calibration(sparse, sparse_heldout, dense, dense_heldout)
+
+    def run(self, writer: CheckpointWriter) -> PassResult:
+        """Commit every block to ``writer``; the result of the pass.
+
+        Raises:
+            StoppedSafely: ``stop`` said so between two blocks.
+            ReportedError: Weights or activations are not finite, a Hessian is singular, and the like.
+        """
+        results = []
+        for index in range(self._source.num_blocks):
+            if self._stop():
+                raise StoppedSafely(
+                    "E-STOPPED",
+                    f"stopped before block {index} of {self._source.num_blocks}",
+                    "run the same command again",
+                )
+            results.append(self._one_block(index, writer))
+        perplexities = self._evaluation.perplexities()
+        perplexities.setdefault("recovered", perplexities["pruned"])
+        lr = self._probe.lr if self._repair else None
+        return PassResult(tuple(results), perplexities, lr, self._probe.tried)
+
+    def _one_block(self, index: int, writer: CheckpointWriter) -> BlockResult:
+        started = time.perf_counter()
+        block = self._source.load_block(index)
+        matrices = prunable_matrices(block, f"{self._source.blocks_name}.{index}", self._ignore)
+        self._evaluation.advance("dense", index, block)
+        statistics, io = self._capture(index, block, matrices)
+        masks, weights = self._prune(index, block, matrices, statistics)
+        del statistics
+        self._evaluation.advance("pruned", index, block)
+        repaired = self._repair_block(index, block, masks, io) if io is not None else None
+        writer.commit(index, block, masks)  # rounds to the exported type, so what flows on is what ships
+        for states in (self._calibration.sparse, self._calibration.sparse_heldout):
+            advance(self._source, index, block, states)
+        self._evaluation.advance("recovered", index, block)
+        elapsed_s = time.perf_counter() - started
+        self._tell_finished(index, repaired, elapsed_s)
+        return BlockResult(index, repaired, weights, elapsed_s)
+
+    def _capture(
+        self, index: int, block: nn.Module, matrices: list[PrunableMatrix]
+    ) -> tuple[BlockStatistics | None, BlockIO | None]:
+        """Statistics of the dense block's linears on the sparse inputs, and what the repair will aim at."""
+        flow = self._calibration
+        statistics = self._new_statistics(block, matrices)
+        block_targets = self._repair is not None and self._recipe.recovery.targets == "block"
+        observed = observe_inputs(block, matrices, statistics.receive) if statistics else nullcontext()
+        outputs = heldout_outputs = None
+        with observed:
+            if block_targets:  # one run of the dense block gives statistics and targets
+                outputs = advance(self._source, index, block, flow.sparse, _like(flow.sparse))
+            elif statistics is not None:
+                visit(self._source, index, block, flow.sparse)
+        if statistics is not None:
+            statistics.finish()
+        if self._repair is None:
+            return statistics, None
+        if block_targets:
+            heldout_outputs = advance(
+                self._source, index, block, flow.sparse_heldout, _like(flow.sparse_heldout)
+            )
+        elif flow.dense is not None and flow.dense_heldout is not None:
+            outputs = advance(self._source, index, block, flow.dense)
+            heldout_outputs = advance(self._source, index, block, flow.dense_heldout)
+        assert outputs is not None and heldout_outputs is not None  # noqa: PT018  # one fact: targets exist
+        return statistics, BlockIO(
+            inputs=flow.sparse,
+            targets=outputs,
+            heldout_inputs=flow.sparse_heldout,
+            heldout_targets=heldout_outputs,
+            forward=lambda module, hidden: self._source.forward(index, module, hidden),
+            device=self._device,
+            amp_dtype=mixed_precision(self._device),
+        )
+
+    def _new_statistics(self, block: nn.Module, matrices: list[PrunableMatrix]) -> BlockStatistics | None:
+        kind = self._pruner.statistic
+        if kind is None:
+            return None
+        return BlockStatistics(
+            kind, {matrix.name: matrix.of(block).shape[1] for matrix in matrices}, self._device
+        )
+
+    def _prune(
+        self, index: int, block: nn.Module, matrices: list[PrunableMatrix], statistics: BlockStatistics | None
+    ) -> tuple[dict[str, Mask], tuple[WeightResult, ...]]:
+        """Masks by parameter; the block's weights become the pruner's."""
+        parameters = dict(block.named_parameters())
+        masks: dict[str, Mask] = {}
+        results = []
+        for matrix in matrices:
+            name = f"{self._source.blocks_name}.{index}.{matrix.name}"
+            statistic = statistics[matrix.name] if statistics is not None else None
+            pruned: Pruned = self._pruner.prune(
+                matrix.of(block), statistic, self._pattern, self._recipe.pruning, name=name
+            )
+            mask = masks.setdefault(
+                matrix.parameter, torch.ones_like(parameters[matrix.parameter], dtype=torch.bool)
+            )
+            matrix.of_mask(mask).copy_(pruned.mask)
+            with torch.no_grad():
+                matrix.of(block).copy_(pruned.weight)
+            if pruned.note:
+                self._progress(Notice(f"{name}: {pruned.note}"))
+            zeros = int((~pruned.mask).sum())
+            rows, columns = pruned.mask.shape
+            results.append(
+                WeightResult(index, matrix.name, matrix.parameter, (rows, columns), zeros, pruned.note)
+            )
+        return masks, tuple(results)
+
+    def _repair_block(self, index: int, block: nn.Module, masks: dict[str, Mask], io: BlockIO) -> Repaired:
+        assert self._repair is not None
+        recovery, seed = self._recipe.recovery, self._recipe.seed + index
+        chosen = self._probe.lr_for(index, block, masks, io, seed=seed)
+        if chosen.tried:
+            self._progress(LearningRateChosen(chosen.lr, chosen.tried, index))
+        total = self._source.num_blocks
+
+        def told(step: int, steps: int) -> None:
+            self._progress(BlockProgress(index, total, step, steps))
+
+        return self._repair(block, masks, io, recovery, lr=chosen.lr, seed=seed, progress=told)
+
+    def _tell_finished(self, index: int, repaired: Repaired | None, elapsed_s: float) -> None:
+        loss_before, loss_after = (
+            (repaired.loss_before, repaired.loss_after) if repaired else (float("nan"),) * 2
+        )
+        self._progress(
+            BlockFinished(
+                index=index,
+                total=self._source.num_blocks,
+                loss_before=loss_before,
+                loss_after=loss_after,
+                best_step=repaired.best_step if repaired else 0,
+                steps=repaired.steps if repaired else 0,
+                elapsed_s=elapsed_s,
+            )
+        )
+
+
+def _like(states: Activations) -> Activations:
+    """An empty store of the same shape and place."""
+    windows, seqlen, hidden = states.shape
+    return Activations(windows, seqlen, hidden, device=states.device)

@@ -1,0 +1,277 @@
+"""The last part of every run: ONNX file, manifest, validation, report, publication."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from compressor.block_pass import PassResult
+from compressor.evaluation import Evaluation
+from compressor.models.export_view import export_parts
+from compressor.models.writer import MASKS_NAME
+from compressor.progress import Progress, StageStarted
+from compressor.recipe import Recipe
+from compressor.report.html import write_report
+from compressor.report.schema import (
+    CalibrationFacts,
+    ModelFacts,
+    PeakMemory,
+    PerplexityFacts,
+    Report,
+    SizeFacts,
+    SparsityFacts,
+)
+from compressor.reporting import (
+    block_rows,
+    bytes_by_encoding,
+    installed_versions,
+    learning_rate_facts,
+    manifest_facts,
+    validation_facts,
+    weight_rows,
+)
+from compressor.run.measure import Measure, peak_device_bytes, peak_host_bytes
+from compressor.run.output import OutputPlan
+from compressor.run.publish import Staging
+from compressor.validation import run_validator
+from exporters.block_check import check_blocks
+from exporters.causal_lm import build_graph
+from exporters.manifest import Manifest, hash_files, write_manifest
+from exporters.masks import read_masks
+from exporters.wire import write_model
+from validators.checks import ValidationReport
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """What a run left behind.
+
+    Attributes:
+        out: The ONNX file.
+        report: Content of the report, as in ``*.report.json``.
+        report_path: The report for machines.
+        html_path: The report for people.
+        passed: The validator's verdict; None when it was not asked.
+    """
+
+    out: Path
+    report: dict[str, Any]
+    report_path: Path
+    html_path: Path
+    passed: bool | None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that goes out, and what is known of where it came from.
+
+    Attributes:
+        command: Which command made it.
+        facts: The model that went in.
+        blocks_name: Path of its decoder blocks, such as ``model.layers``.
+        source_bytes: Bytes of its weight files.
+        pattern: N:M as text, None for unstructured or no pruning.
+        target_sparsity: What pruning aimed at; None where nothing was pruned here.
+        dtype: Type of the exported weights.
+        device: Where it was made.
+        trust_remote_code: Whether code that came with the checkpoint was allowed.
+    """
+
+    command: Literal["run", "export"]
+    facts: ModelFacts
+    blocks_name: str
+    source_bytes: int
+    pattern: str | None
+    target_sparsity: float | None
+    dtype: torch.dtype
+    device: torch.device
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the pass over the blocks found, for the report."""
+
+    evaluation: Evaluation | None
+    perplexities: Mapping[str, float]
+    calibration: CalibrationFacts | None = None
+    passed: PassResult | None = None
+
+
+class Delivery:
+    """Exports a committed Hugging Face folder into the staging folder, validates, reports and publishes it."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        staging: Staging,
+        hf_folder: Path,
+        recipe: Recipe,
+        measure: Measure,
+        progress: Progress,
+    ) -> None:
+        self._subject = subject
+        self._staging = staging
+        self._plan: OutputPlan = staging.plan
+        self._hf = hf_folder
+        self._recipe = recipe
+        self._measure = measure
+        self._progress = progress
+        self._notices: list[str] = []
+        self._masks = read_masks(hf_folder / MASKS_NAME)
+
+    def deliver(
+        self,
+        measured: Measured,
+        *,
+        validate: bool,
+        provider: str,
+        require: Sequence[str],
+        notices: Sequence[str],
+    ) -> CompressionResult:
+        """Export, validate, report, publish; the result names the published files."""
+        self._notices.extend(notices)
+        with self._measure.stage("export"):
+            self._progress(StageStarted("export"))
+            manifest = self._export()
+        validation = None
+        if validate:
+            with self._measure.stage("validate"):
+                self._progress(StageStarted("validate"))
+                validation = self._validate(measured, provider, require)
+        report = self._report(measured, manifest, validation)
+        write_report(report, self._plan.report_json, self._plan.report_html)
+        self._progress(StageStarted("publish"))
+        self._staging.publish()
+        final = self._staging.final
+        verdict = None if validation is None else validation.passed
+        return CompressionResult(final.onnx, report.tree(), final.report_json, final.report_html, verdict)
+
+    def _export(self) -> Manifest:
+        settings = self._recipe.export
+        parts = export_parts(self._hf, self._subject.dtype, trust_remote_code=self._subject.trust_remote_code)
+        graph = build_graph(parts, opset=settings.opset)
+        with self._measure.stage("block check"):
+            check_blocks(parts, graph)
+        tensors = write_model(
+            graph.proto,
+            graph.weights,
+            self._plan.onnx,
+            self._plan.data.name,
+            encoding=settings.encoding,
+            metadata=self._metadata(),
+            pruned=set(self._masks),
+        )
+        self._copy_model_files()
+        manifest = Manifest(
+            files=hash_files(self._plan.folder, self._model_files()),
+            tensors=tensors,
+            block_outputs=tuple(graph.block_outputs),
+            pattern=self._subject.pattern,
+            sparsity=self._subject.target_sparsity,
+            ignored=self._recipe.pruning.ignore,
+        )
+        write_manifest(manifest, self._plan.manifest)
+        return manifest
+
+    def _metadata(self) -> dict[str, str]:
+        facts = self._subject.facts
+        versions = installed_versions()
+        return {
+            "blockpress.version": versions.get("blockpress", "unknown"),
+            "blockpress.source": facts.name,
+            "blockpress.revision": facts.revision or "",
+            "blockpress.recipe_sha256": self._recipe.digest(),
+            "blockpress.sparsity": ""
+            if self._subject.target_sparsity is None
+            else f"{self._subject.target_sparsity:g}",
+            "blockpress.pattern": self._subject.pattern or "",
+        }
+
+    def _copy_model_files(self) -> None:
+        """A folder output gets what a Hugging Face loader needs beside the ONNX file, byte for byte, and the masks."""
+        if self._plan.hf is not None:
+            return
+        for path in sorted(self._hf.iterdir()):
+            if (
+                path.is_file()
+                and path.suffix != ".safetensors"
+                and path.name != "model.safetensors.index.json"
+            ):
+                shutil.copyfile(path, self._plan.folder / path.name)
+        shutil.copyfile(self._hf / MASKS_NAME, self._plan.masks)
+
+    def _model_files(self) -> list[str]:
+        """Every file of the staging folder so far, relative, in order: all of them are model files."""
+        root = self._plan.folder
+        return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+    def _validate(self, measured: Measured, provider: str, require: Sequence[str]) -> ValidationReport:
+        return run_validator(
+            self._plan,
+            reference=self._hf,
+            windows=measured.evaluation,
+            known=measured.perplexities,
+            gates=self._recipe.gates,
+            require=require,
+            provider=provider,
+            trust_remote_code=self._subject.trust_remote_code,
+        )
+
+    def _report(self, measured: Measured, manifest: Manifest, validation: ValidationReport | None) -> Report:
+        subject, passed = self._subject, measured.passed
+        masks = {name: torch.from_numpy(mask) for name, mask in self._masks.items()}
+        kept = sum(int(mask.sum()) for mask in masks.values())
+        total = sum(mask.numel() for mask in masks.values())
+        onnx_bytes = self._plan.onnx.stat().st_size + self._plan.data.stat().st_size
+        element_bytes = torch.empty(0, dtype=subject.dtype).element_size()
+        parameters = subject.facts.parameters
+        if validation is not None:
+            self._notices.extend(validation.notices)
+        return Report(
+            command=subject.command,
+            output=self._plan.onnx.name,
+            model=subject.facts,
+            sparsity=SparsityFacts(
+                target=subject.target_sparsity,
+                measured=1 - kept / total if total else 0.0,
+                pattern=subject.pattern,
+            ),
+            perplexity=PerplexityFacts(
+                dense=measured.perplexities.get("dense"),
+                pruned=measured.perplexities.get("pruned"),
+                recovered=measured.perplexities.get("recovered"),
+                onnx=None if validation is None else validation.perplexity.get("onnx"),
+                protocol=None if measured.evaluation is None else measured.evaluation.facts(),
+            ),
+            calibration=measured.calibration,
+            validation=validation_facts(validation),
+            size=SizeFacts(
+                source_bytes=subject.source_bytes,
+                dense_bytes=None if parameters is None else parameters * element_bytes,
+                onnx_bytes=onnx_bytes,
+                by_encoding=bytes_by_encoding(manifest.tensors),
+            ),
+            weights=weight_rows(masks, subject.blocks_name, manifest.tensors),
+            blocks=() if passed is None else block_rows(passed),
+            recovery=self._recipe.recovery.method if passed is not None else None,
+            learning_rate=None if passed is None else learning_rate_facts(passed),
+            recipe=self._recipe.model_dump(mode="json"),
+            device=str(subject.device),
+            versions=installed_versions(),
+            timings={**self._measure.timings, **_prefixed("validate: ", validation)},
+            peak_memory_bytes=PeakMemory(host=peak_host_bytes(), device=peak_device_bytes()),
+            manifest=manifest_facts(manifest),
+            notices=tuple(self._notices),
+        )
+
+
+def _prefixed(prefix: str, validation: ValidationReport | None) -> dict[str, float]:
+    return (
+        {} if validation is None else {f"{prefix}{name}": value for name, value in validation.timings.items()}
+    )

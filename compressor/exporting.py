@@ -1,0 +1,113 @@
+"""Export a model as it is: a dense baseline, or a model that was pruned elsewhere, whose zeros are found and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from compressor.delivery import CompressionResult, Delivery, Measured, Subject
+from compressor.devices import dtype_name, export_dtype, resolve_device
+from compressor.evaluation import Evaluation, evaluation_of, window_length
+from compressor.models.checkpoint import open_checkpoint
+from compressor.models.linears import IgnoreRules, prunable_matrices
+from compressor.models.source import BlockSource, open_source
+from compressor.models.writer import CheckpointWriter
+from compressor.perplexities import PerplexityStreams
+from compressor.pipeline import model_facts
+from compressor.progress import Progress, StageStarted, TextReady, silent
+from compressor.recipe import Recipe, read_recipe
+from compressor.run.measure import Measure
+from compressor.run.output import reserve_output
+from compressor.run.publish import Staging
+from compressor.sparsity import Mask
+from compressor.validation import check_required
+
+# A trained dense matrix has hardly any exact zero; fewer than this share are chance, not pruning.
+PRUNED_SHARE = 0.05
+
+
+def export(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    force: bool = False,
+    validate: bool = True,
+    provider: str = "auto",
+    require: Sequence[str] = (),
+    progress: Progress = silent,
+) -> CompressionResult:
+    """Export ``model`` to ``out`` without pruning it; a matrix with at least 5 % zeros keeps them as its mask.
+
+    The arguments are those of ``compressor.compress``; of the recipe, the sections ``evaluation``, ``export`` and
+    ``gates`` count.
+
+    Raises:
+        ReportedError: Bad input, an existing output, missing resources; nothing was written, an older output stands.
+    """
+    recipe = recipe if recipe is not None else read_recipe(None)
+    check_required(require)
+    measure = Measure()
+    with reserve_output(out, force, model=model) as plan, Staging(plan) as staging:
+        hf_folder = staging.plan.hf or staging.scratch / "hf"
+        with measure.stage("open"):
+            progress(StageStarted("open", str(model)))
+            where = resolve_device(device)
+            checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
+            dtype = export_dtype(recipe.export.dtype, checkpoint.dtype)
+            source = open_source(checkpoint, where)
+            seqlen = window_length(source.max_seqlen, recipe.calibration.seqlen)
+            tokenizer = checkpoint.load_tokenizer()
+            evaluation = evaluation_of(recipe.evaluation, tokenizer, seqlen, vocab_rows=source.vocab_size)
+            progress(TextReady("evaluation", evaluation.text.spec, len(evaluation.ids), seqlen))
+        with measure.stage("blocks"):
+            progress(StageStarted("blocks", f"{source.num_blocks} blocks, {dtype_name(dtype)}"))
+            perplexity = _copy_blocks(source, evaluation, CheckpointWriter(hf_folder, source, dtype), where)
+        subject = Subject(
+            command="export",
+            facts=model_facts(source, dtype),
+            blocks_name=source.blocks_name,
+            source_bytes=checkpoint.source_bytes,
+            pattern=None,
+            target_sparsity=None,
+            dtype=dtype,
+            device=where,
+            trust_remote_code=trust_remote_code,
+        )
+        source.close()
+        delivery = Delivery(subject, staging, hf_folder, recipe, measure, progress)
+        measured = Measured(evaluation, {"recovered": perplexity})
+        return delivery.deliver(
+            measured, validate=validate, provider=provider, require=require, notices=checkpoint.notices
+        )
+
+
+def found_masks(block: nn.Module, name: str) -> dict[str, Mask]:
+    """Masks of the parameters that hold at least 5 % zeros, by path in the block; ``name``: the block's own path."""
+    masks = {}
+    for parameter in dict.fromkeys(
+        matrix.parameter for matrix in prunable_matrices(block, name, IgnoreRules(()))
+    ):
+        kept = block.get_parameter(parameter) != 0
+        if int((~kept).sum()) >= PRUNED_SHARE * kept.numel():
+            masks[parameter] = kept
+    return masks
+
+
+def _copy_blocks(
+    source: BlockSource, evaluation: Evaluation, writer: CheckpointWriter, device: torch.device
+) -> float:
+    """Commit every block as it is, rounded to the exported type; perplexity of what was committed."""
+    streams = PerplexityStreams(source, torch.from_numpy(evaluation.ids), device, ("recovered",))
+    for index in range(source.num_blocks):
+        block = source.load_block(index)
+        writer.commit(index, block, found_masks(block, f"{source.blocks_name}.{index}"))
+        streams.advance("recovered", index, block)
+    writer.finish()
+    return streams.perplexities()["recovered"]

@@ -1,0 +1,226 @@
+"""One run, from a model to a proven sparse ONNX file; reads like a table of contents.
+
+Nothing here prints, exits or sets up logging: progress goes to a callback, the result comes back as an object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from compressor.block_pass import BlockPass, PassResult, check_plan
+from compressor.calibration.text import TextSource, read_text
+from compressor.calibration.windows import Windows, calibration_windows
+from compressor.delivery import CompressionResult, Delivery, Measured, Subject
+from compressor.devices import dtype_name, export_dtype, resolve_device
+from compressor.evaluation import Evaluation, evaluation_of, window_length
+from compressor.models.checkpoint import Checkpoint, open_checkpoint
+from compressor.models.linears import IgnoreRules
+from compressor.models.source import BlockSource, open_source
+from compressor.models.writer import CheckpointWriter
+from compressor.progress import Notice, Progress, RunStarted, StageStarted, TextReady, silent
+from compressor.recipe import PruningRecipe, Recipe, read_recipe
+from compressor.report.schema import CalibrationFacts, ModelFacts
+from compressor.run.measure import Measure
+from compressor.run.output import reserve_output
+from compressor.run.publish import Staging
+from compressor.sparsity import SparsityPattern
+from compressor.validation import check_required
+
+DEFAULT_SPARSITY = 0.5
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run whose model and texts are open and whose plan has been checked."""
+
+    source: BlockSource
+    recipe: Recipe
+    pattern: SparsityPattern
+    ignore: IgnoreRules
+    calibration_text: TextSource
+    windows: Windows
+    evaluation: Evaluation
+    device: torch.device
+    notices: tuple[str, ...]
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    force: bool = False,
+    validate: bool = True,
+    provider: str = "auto",
+    require: Sequence[str] = (),
+    stop: Callable[[], bool] = lambda: False,
+    progress: Progress = silent,
+) -> CompressionResult:
+    """Prune ``model``, repair it block by block, export it to ``out`` and validate the file.
+
+    Args:
+        model: A local Hugging Face folder or a hub id, safetensors only.
+        out: A path that ends in ``.onnx``, or a folder.
+        recipe: All settings; None takes the built-in ``default``. Without a sparsity or pattern, 50 %.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``; blocks are pruned and repaired there.
+        revision: Branch, tag or commit of a hub model.
+        trust_remote_code: Allow code that comes with the checkpoint; recorded in the report.
+        force: Replace an existing output.
+        validate: Compare the exported file with the PyTorch sparse model; without it the verdict is None.
+        provider: ONNX Runtime execution provider of the validation.
+        require: Names of checks that must not be skipped.
+        stop: Asked between blocks; true ends the run with StoppedSafely.
+        progress: Receives events (compressor.progress).
+
+    Returns:
+        Where the products are, the report, and the verdict. A failed gate is a verdict, not an exception.
+
+    Raises:
+        ReportedError: Bad input, an existing output, missing resources; nothing was written, an older output stands.
+    """
+    recipe = recipe if recipe is not None else read_recipe(None)
+    check_required(require)
+    measure = Measure()
+    with reserve_output(out, force, model=model) as plan, Staging(plan) as staging:
+        hf_folder = staging.plan.hf or staging.scratch / "hf"
+        with measure.stage("open"):
+            progress(StageStarted("open", str(model)))
+            where = resolve_device(device)
+            checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
+            dtype = export_dtype(recipe.export.dtype, checkpoint.dtype)
+            source = open_source(checkpoint, where)
+            job = _plan(source, recipe, where, dtype, progress)
+        with measure.stage("blocks"):
+            passed = _run_blocks(job, CheckpointWriter(hf_folder, source, dtype), stop, progress)
+        subject = Subject(
+            command="run",
+            facts=model_facts(source, dtype),
+            blocks_name=source.blocks_name,
+            source_bytes=checkpoint.source_bytes,
+            pattern=str(job.pattern) if job.pattern.is_n_m else None,
+            target_sparsity=job.pattern.sparsity,
+            dtype=dtype,
+            device=where,
+            trust_remote_code=trust_remote_code,
+        )
+        source.close()
+        measured = Measured(job.evaluation, passed.perplexities, _calibration_facts(job), passed)
+        delivery = Delivery(subject, staging, hf_folder, recipe, measure, progress)
+        return delivery.deliver(
+            measured,
+            validate=validate,
+            provider=provider,
+            require=require,
+            notices=(*job.notices, *passed.notices),
+        )
+
+
+def pattern_of(recipe: PruningRecipe) -> SparsityPattern:
+    """The sparsity that a recipe asks for; 50 % unstructured when it names none.
+
+    Raises:
+        UsageError: It is out of range.
+    """
+    if recipe.pattern is not None:
+        return SparsityPattern.parse(recipe.pattern)
+    return SparsityPattern.unstructured(DEFAULT_SPARSITY if recipe.sparsity is None else recipe.sparsity)
+
+
+def model_facts(source: BlockSource, dtype: torch.dtype) -> ModelFacts:
+    """What the report says of the model that went in."""
+    checkpoint: Checkpoint = source.checkpoint
+    return ModelFacts(
+        name=checkpoint.name,
+        architecture=source.architecture.label,
+        revision=checkpoint.revision,
+        parameters=source.num_parameters,
+        checkpoint_dtype=dtype_name(checkpoint.dtype),
+        export_dtype=dtype_name(dtype),
+    )
+
+
+def _plan(
+    source: BlockSource, recipe: Recipe, device: torch.device, dtype: torch.dtype, progress: Progress
+) -> _Job:
+    """Every check that can be made before the first block is touched, and the texts cut into windows."""
+    notices = list(source.checkpoint.notices)
+    pattern = pattern_of(recipe.pruning)
+    ignore = IgnoreRules(recipe.pruning.ignore)
+    prunable = check_plan(source, pattern, ignore)
+    tokenizer = source.checkpoint.load_tokenizer()
+    asked = recipe.calibration.seqlen
+    seqlen = window_length(source.max_seqlen, asked)
+    if asked is not None and asked > seqlen:
+        notices.append(f"windows have {seqlen} tokens, the model's limit, and not the {asked} of the recipe")
+    text = read_text(
+        recipe.calibration.source,
+        role="calibration",
+        dataset_config=recipe.calibration.dataset_config,
+        split=recipe.calibration.split,
+        text_column=recipe.calibration.text_column,
+    )
+    windows = calibration_windows(
+        text,
+        tokenizer,
+        num_samples=recipe.calibration.num_samples,
+        seqlen=seqlen,
+        sampler=recipe.calibration.sampler,
+        heldout_share=recipe.calibration.heldout,
+        seed=recipe.seed,
+        vocab_rows=source.vocab_size,
+    )
+    evaluation = evaluation_of(recipe.evaluation, tokenizer, seqlen, vocab_rows=source.vocab_size)
+    progress(
+        RunStarted(
+            model=source.checkpoint.name,
+            architecture=source.architecture.label,
+            num_blocks=source.num_blocks,
+            prunable_weights=prunable,
+            checkpoint_dtype=dtype_name(source.checkpoint.dtype),
+            export_dtype=dtype_name(dtype),
+            device=str(device),
+            pattern=str(pattern),
+            pruner=recipe.pruning.method,
+            recovery=recipe.recovery.method,
+        )
+    )
+    for message in notices:
+        progress(Notice(message))
+    progress(TextReady("calibration", text.spec, len(windows.ids), seqlen, len(windows.heldout)))
+    progress(TextReady("evaluation", evaluation.text.spec, len(evaluation.ids), seqlen))
+    return _Job(source, recipe, pattern, ignore, text, windows, evaluation, device, tuple(notices))
+
+
+def _run_blocks(
+    job: _Job, writer: CheckpointWriter, stop: Callable[[], bool], progress: Progress
+) -> PassResult:
+    """Every block pruned, repaired and committed; the written folder is whole when this returns."""
+    block_pass = BlockPass(
+        job.source,
+        job.windows.ids,
+        job.windows.heldout,
+        torch.from_numpy(job.evaluation.ids),
+        recipe=job.recipe,
+        pattern=job.pattern,
+        ignore=job.ignore,
+        device=job.device,
+        stop=stop,
+        progress=progress,
+    )
+    passed = block_pass.run(writer)
+    writer.finish()
+    return passed
+
+
+def _calibration_facts(job: _Job) -> CalibrationFacts:
+    text = job.calibration_text
+    return CalibrationFacts(
+        source=text.spec, sha256=text.sha256, protocol={"text": text.description, **job.windows.protocol}
+    )

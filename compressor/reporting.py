@@ -1,0 +1,115 @@
+"""What a run found out, put into the report's shape."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+
+from compressor.block_pass import PassResult
+from compressor.report.schema import (
+    BlockRow,
+    CheckRow,
+    EncodingBytes,
+    FileRow,
+    LearningRateFacts,
+    ManifestFacts,
+    ValidationFacts,
+    WeightRow,
+)
+from compressor.sparsity import Mask
+from exporters.manifest import Manifest, TensorRow
+from validators.checks import ValidationReport
+
+_DISTRIBUTIONS = (
+    "blockpress", "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime-gpu",
+    "optimum", "safetensors", "tokenizers",
+)  # fmt: skip
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python, the platform and what takes part in the result."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def validation_facts(report: ValidationReport | None) -> ValidationFacts:
+    """Verdict and checks; without a validation the verdict is None."""
+    if report is None:
+        return ValidationFacts()
+    return ValidationFacts(
+        passed=report.passed,
+        provider=report.provider,
+        first_divergence=report.first_divergence,
+        checks=tuple(
+            CheckRow(name=c.name, status=c.status, measured=c.measured, limit=c.limit, unit=c.unit, why=c.why)
+            for c in report.checks
+        ),
+    )
+
+
+def manifest_facts(manifest: Manifest) -> ManifestFacts:
+    """The digest that names the manifest, and the hashes of the files."""
+    rows = tuple(FileRow(name=f.name, sha256=f.sha256, size_bytes=f.size_bytes) for f in manifest.files)
+    return ManifestFacts(digest=manifest.digest, files=rows)
+
+
+def bytes_by_encoding(tensors: Iterable[TensorRow]) -> dict[str, EncodingBytes]:
+    """Tensors, stored bytes and dense bytes of each encoding that is used."""
+    totals: dict[str, list[int]] = {}
+    for tensor in tensors:
+        total = totals.setdefault(tensor.encoding, [0, 0, 0])
+        for place, amount in enumerate((1, tensor.stored_bytes, tensor.bytes_by_encoding["dense"])):
+            total[place] += amount
+    return {
+        encoding: EncodingBytes(tensors=count, bytes=stored, dense_bytes=dense)
+        for encoding, (count, stored, dense) in totals.items()
+    }
+
+
+def block_rows(passed: PassResult) -> tuple[BlockRow, ...]:
+    """Loss before and after, seconds and steps of each block."""
+    return tuple(
+        BlockRow(
+            index=block.index,
+            loss_before=block.repaired.loss_before if block.repaired else None,
+            loss_after=block.repaired.loss_after if block.repaired else None,
+            seconds=block.elapsed_s,
+            best_step=block.repaired.best_step if block.repaired else None,
+            steps=block.repaired.steps if block.repaired else None,
+        )
+        for block in passed.blocks
+    )
+
+
+def weight_rows(
+    masks: Mapping[str, Mask], blocks_name: str, tensors: Iterable[TensorRow]
+) -> tuple[WeightRow, ...]:
+    """One row per masked parameter: measured sparsity, and how it is stored. ``masks``: by full parameter name."""
+    stored = {tensor.name: tensor for tensor in tensors}
+    rows = []
+    for name, mask in masks.items():
+        index, _, short = name.removeprefix(f"{blocks_name}.").partition(".")
+        tensor = stored.get(name)
+        rows.append(
+            WeightRow(
+                block=int(index),
+                name=short,
+                shape=tuple(mask.shape),
+                sparsity=1.0 - float(mask.sum()) / mask.numel(),
+                encoding=tensor.encoding if tensor else None,
+                stored_bytes=tensor.stored_bytes if tensor else None,
+                dense_bytes=tensor.bytes_by_encoding["dense"] if tensor else None,
+            )
+        )
+    return tuple(rows)
+
+
+def learning_rate_facts(passed: PassResult) -> LearningRateFacts | None:
+    """The learning rate of the repair, None without one."""
+    return None if passed.lr is None else LearningRateFacts(chosen=passed.lr, tried=passed.lr_tried)
