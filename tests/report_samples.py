@@ -107,9 +107,23 @@ def check_rows() -> tuple[CheckRow, ...]:
             name="pattern", status="skipped", why="the run was unstructured, there is no N:M pattern to hold"
         ),
         CheckRow(name="sparsity", status="passed", measured=0.6, limit=0.6, unit="of pruned weights"),
-        CheckRow(name="parity-prefill", status="passed", measured=8.1e-4, limit=2e-3, unit="max |Δ logit|"),
-        CheckRow(name="parity-decode", status="passed", measured=8.4e-4, limit=2e-3, unit="max |Δ logit|"),
-        CheckRow(name="parity-padded", status="passed", measured=7.7e-4, limit=2e-3, unit="max |Δ logit|"),
+        CheckRow(
+            name="parity-prefill",
+            status="passed",
+            measured=8.1e-4,
+            limit=2e-3,
+            unit="max |Δlogit|",
+            why="512 tokens, logits up to 21.3, top-1 agreement 100.00% of 498 decided, mean KL 3.1e-07 nats",
+            details={
+                "max_abs": 8.1e-4,
+                "relative": 4.2e-5,
+                "mean_kl": 3.1e-7,
+                "top1_agreement": 1.0,
+                "tokens": 512.0,
+            },
+        ),
+        CheckRow(name="parity-decode", status="passed", measured=8.4e-4, limit=2e-3, unit="max |Δlogit|"),
+        CheckRow(name="parity-padded", status="passed", measured=7.7e-4, limit=2e-3, unit="max |Δlogit|"),
         CheckRow(name="perplexity-drift", status="passed", measured=2.1e-5, limit=1e-3, unit="relative"),
         CheckRow(name="perplexity-increase", status="passed", measured=0.316, limit=0.35, unit="relative"),
     )
@@ -186,7 +200,8 @@ def fields(num_blocks: int = 16) -> dict[str, Any]:
             "learning rate": 41.0,
             "blocks": 181.4,
             "export": 96.1,
-            "validation": 104.9,
+            "validate": 104.9,
+            "validate: parity": 31.0,
         },
         "peak_memory_bytes": PeakMemory(host=4_402_341_478, device=6_764_573_491),
         "manifest": ManifestFacts(

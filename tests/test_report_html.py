@@ -214,7 +214,7 @@ def test_report_page_names_failed_and_skipped_checks_at_the_top() -> None:
     """Whoever reads the first lines learns what failed, by how much, where, and what was not checked."""
     head = words_of("<header" + page_of("failed").partition("<header")[2].partition("<dl")[0])
     assert "1 of 10 checks failed on CUDAExecutionProvider. Skipped: pattern." in head
-    assert "parity-decode : measured NaN max |Δ logit|, limit 0.002; block 11 differs" in head
+    assert "parity-decode : measured NaN max |Δlogit|, limit 0.002; block 11 differs" in head
     assert "first divergence : block 11" in head
 
 
@@ -235,6 +235,17 @@ def test_report_page_shows_the_measured_numbers() -> None:
     ):
         assert figure in words
     assert "141 windows of 2 048 tokens, without overlap" in words
+
+
+def test_report_page_counts_each_second_once() -> None:
+    """The time at the top adds up stages, not the parts of stages as well."""
+    report = sample_report(timings={"blocks": 40.0, "validate": 20.0, "validate: parity": 15.0})
+    assert "Time 1 min 0 s" in words_of(render_html(report))
+
+
+def test_report_page_lists_a_checks_further_figures() -> None:
+    """What a check measured beside its gate, such as top-1 agreement, stands in its row."""
+    assert "top1_agreement 1 tokens 512" in words_of(page_of("whole"))
 
 
 def test_report_page_describes_each_drawing_in_words() -> None:

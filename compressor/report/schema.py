@@ -45,7 +45,7 @@ PortableName = Annotated[str, AfterValidator(portable_name)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, from_attributes=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelFacts(_Part):
@@ -101,7 +101,10 @@ class CalibrationFacts(_Part):
 
 
 class CheckRow(_Part):
-    """One check of the validator. ``why`` says what went wrong, or why it was skipped."""
+    """One check of the validator. ``why`` says what went wrong, why it was skipped, or what a pass rests on.
+
+    ``details`` are further figures by name, such as a parity check's top-1 agreement.
+    """
 
     name: str
     status: Literal["passed", "failed", "skipped"]
@@ -109,6 +112,7 @@ class CheckRow(_Part):
     limit: int | float | str | None = None
     unit: str | None = None
     why: str | None = None
+    details: dict[str, float] = {}
 
 
 class ValidationFacts(_Part):
@@ -199,7 +203,10 @@ class ManifestFacts(_Part):
 
 
 class Report(_Part):
-    """Everything that a run, an export or a validation found out. Field order is the JSON's key order."""
+    """Everything that a run, an export or a validation found out. Field order is the JSON's key order.
+
+    ``timings`` are seconds by stage; a name such as ``validate: parity`` is a part of stage ``validate``.
+    """
 
     schema_version: Literal[1] = 1
     command: Literal["run", "export", "validate"]
