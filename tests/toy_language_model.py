@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -153,6 +155,24 @@ def fill_memory(**_: object) -> ToyReference:
         time.sleep(0.01)
 
 
+def kill(**_: object) -> ToyReference:
+    """End the process as the system does when memory is short."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("not reached")
+
+
+def ask_too_much(**_: object) -> ToyReference:
+    """Ask for more memory than any machine has."""
+    np.empty(2**60, np.uint8)
+    raise AssertionError("not reached")
+
+
+def hang_with_children(**_: object) -> ToyReference:
+    """Start a process and never come back."""
+    subprocess.run([sys.executable, "-c", "import time; time.sleep(3600)"], check=True)
+    raise AssertionError("not reached")
+
+
 def sleep(**_: object) -> ToyReference:
     """Take a very long time."""
     time.sleep(3600)
@@ -290,3 +310,23 @@ def _request(folder: Path) -> ValidationRequest:
         provider="cpu",
         time_limit_s=300,
     )
+
+
+@dataclass(frozen=True)
+class Bigram:
+    """Logits that depend on the last token alone."""
+
+    table: NDArray[np.float32]
+
+    def logits(self, ids, attention_mask=None):  # type: ignore[no-untyped-def]
+        """Logits (B, T, V)."""
+        return self.table[ids]
+
+    def block_outputs(self, ids, attention_mask=None):  # type: ignore[no-untyped-def]
+        """There are no blocks."""
+        return []
+
+
+def load_bigram(path: str) -> Bigram:
+    """The table in ``path``: a factory for requests."""
+    return Bigram(np.load(path))
