@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,7 +59,9 @@ class RecoveryRecipe(_Section):
     """How the kept weights are repaired, block by block, masks frozen."""
 
     method: Literal["ebft", "none"] = "ebft"
-    targets: Literal["block", "model"] = "model"  # the dense block on the same inputs, or the dense model's own activations
+    targets: Literal["block", "model"] = (
+        "model"  # the dense block on the same inputs, or the dense model's own activations
+    )
     loss: Literal["mse", "normalized"] = "mse"
     epochs: Count = 10
     batch_size: Count = 8  # windows per optimiser step
@@ -72,7 +74,9 @@ class RecoveryRecipe(_Section):
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05  # share of all steps
     max_grad_norm: Positive | None = 1.0
-    selection: Literal["heldout", "last"] = "heldout"  # which step's weights are kept; heldout includes step 0
+    selection: Literal["heldout", "last"] = (
+        "heldout"  # which step's weights are kept; heldout includes step 0
+    )
 
 
 class CalibrationRecipe(_Section):
@@ -84,8 +88,12 @@ class CalibrationRecipe(_Section):
     text_column: str | None = None
     num_samples: Count = 128
     seqlen: Count | None = None  # None: min(2048, the model's limit)
-    sampler: Literal["joined", "strict"] = "joined"  # strict: documents longer than the window only, as published
-    heldout: Annotated[float, Field(gt=0, lt=0.5)] = 0.125  # share of windows kept apart for step and learning-rate selection
+    sampler: Literal["joined", "strict"] = (
+        "joined"  # strict: documents longer than the window only, as published
+    )
+    heldout: Annotated[float, Field(gt=0, lt=0.5)] = (
+        0.125  # share of windows kept apart for step and learning-rate selection
+    )
 
 
 class EvaluationRecipe(_Section):
@@ -156,18 +164,25 @@ def read_recipe(source: str | Path | None, overrides: Mapping[str, Any] | None =
     overrides = dict(overrides or {})
     if "pruning.sparsity" in overrides and "pruning.pattern" in overrides:
         raise UsageError(
-            "E-SPARSITY-AND-PATTERN", "sparsity and pattern exclude each other", "give --sparsity or --pattern, not both"
+            "E-SPARSITY-AND-PATTERN",
+            "sparsity and pattern exclude each other",
+            "give --sparsity or --pattern, not both",
         )
     for key, other in (("pruning.sparsity", "pattern"), ("pruning.pattern", "sparsity")):
         if key in overrides and isinstance(tree.get("pruning"), dict):
             tree["pruning"].pop(other, None)
     for key, value in overrides.items():
         _set_dotted(tree, key, value)
-    return parse_recipe(tree, origin=str(source or "default"))
+    return parse_recipe(tree, str(source or "default"), overrides)
 
 
-def parse_recipe(tree: Mapping[str, Any], origin: str = "recipe") -> Recipe:
+def parse_recipe(tree: Mapping[str, Any], origin: str = "recipe", given: Collection[str] = ()) -> Recipe:
     """The recipe of a nested mapping.
+
+    Args:
+        tree: Sections and their keys.
+        origin: Where the tree comes from, for messages.
+        given: Dotted keys that the caller has set on top; what is wrong with one is not blamed on ``origin``.
 
     Raises:
         UsageError: A key is unknown (the nearest known one is named) or a value is out of range.
@@ -175,7 +190,7 @@ def parse_recipe(tree: Mapping[str, Any], origin: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(dict(tree))
     except ValidationError as error:
-        raise _usage_error(error, origin) from None
+        raise _usage_error(error, origin, given) from None
 
 
 def _read_tree(source: str | Path) -> dict[str, Any]:
@@ -195,12 +210,18 @@ def _read_tree(source: str | Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         first = " ".join(str(error).split())
-        raise UsageError("E-RECIPE-SYNTAX", f"{path.name} is not plain YAML: {first}", "mend the file; tags are not allowed") from None
+        raise UsageError(
+            "E-RECIPE-SYNTAX",
+            f"{path.name} is not plain YAML: {first}",
+            "mend the file; tags are not allowed",
+        ) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise UsageError(
-            "E-RECIPE-SYNTAX", f"{path.name} must be a mapping of sections, got {type(tree).__name__}", "start from recipes/default.yaml"
+            "E-RECIPE-SYNTAX",
+            f"{path.name} must be a mapping of sections, got {type(tree).__name__}",
+            "start from recipes/default.yaml",
         )
     return tree
 
@@ -211,7 +232,11 @@ def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
     for section in sections:
         child = node.setdefault(section, {})
         if not isinstance(child, dict):
-            raise UsageError("E-RECIPE-KEY", f"{key}: {section} is not a section of the recipe", "see recipes/default.yaml for the keys")
+            raise UsageError(
+                "E-RECIPE-KEY",
+                f"{key}: {section} is not a section of the recipe",
+                "see recipes/default.yaml for the keys",
+            )
         node = child
     node[leaf] = value
 
@@ -225,22 +250,43 @@ def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[s
             yield from recipe_keys(annotation, f"{prefix}{name}.")
 
 
-def _usage_error(error: ValidationError, origin: str) -> UsageError:
+def _usage_error(error: ValidationError, origin: str, given: Collection[str] = ()) -> UsageError:
+    """The first trouble, with the recipe it came from unless the caller set that key."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    place = [str(part) for part in first["loc"]]
+    known = list(recipe_keys())
+    while len(place) > 1 and ".".join(place) not in known and first["type"] != "extra_forbidden":
+        place.pop()  # an index, or the name of one alternative of a union
+    key = ".".join(place)
+    where = "" if key in given else f"{origin}: "
     if first["type"] == "extra_forbidden":
-        known = list(recipe_keys())
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        tails = difflib.get_close_matches(key.rpartition(".")[2], [k.rpartition(".")[2] for k in known], n=1)
-        if tails:
-            near = [k for k in known if k.rpartition(".")[2] == tails[0]] or near
-        return UsageError("E-RECIPE-KEY", f"{origin}: unknown key {key}", f"did you mean {near[0]}?")
+        return UsageError("E-RECIPE-KEY", f"{where}unknown key {key}", _suggestion(key, known))
     if key == "pruning.sparsity":
         return UsageError(
             "E-SPARSITY-RANGE",
-            f"{origin}: sparsity must be between 0 and 1, both excluded; got {first['input']}",
+            f"{where}sparsity must be between 0 and 1, both excluded; got {first['input']}",
             "give a share such as 0.5 for 50 %",
         )
+    if first["type"] == "value_error" and key == "pruning":
+        return UsageError(
+            "E-SPARSITY-AND-PATTERN", f"{where}sparsity and pattern exclude each other", "keep one of the two"
+        )
     return UsageError(
-        "E-RECIPE-VALUE", f"{origin}: {key}: {first['msg']}; got {first['input']!r}", "see recipes/default.yaml for each key's range"
+        "E-RECIPE-VALUE",
+        f"{where}{key}: {first['msg']}; got {first['input']!r}",
+        "see recipes/default.yaml for each key's range",
     )
+
+
+def _suggestion(key: str, known: Sequence[str]) -> str:
+    """The key of that name in another section, else the nearest: of the same section, of any; else a list."""
+    section, _, leaf = key.rpartition(".")
+    siblings = [other for other in known if other.rpartition(".")[0] == section]
+    namesakes = [other for other in known if other.rpartition(".")[2] == leaf]
+    for candidates in (namesakes, siblings, known):
+        leaves = {other.rpartition(".")[2]: other for other in reversed(candidates)}
+        near = difflib.get_close_matches(leaf, leaves, n=1)
+        if near:
+            return f"did you mean {leaves[near[0]]}?"
+    names = ", ".join(other.rpartition(".")[2] for other in siblings)
+    return f"{section or 'a recipe'} has {names}"
