@@ -85,6 +85,9 @@ class Checkpoint:
     def load_tokenizer(self) -> Any:
         """The tokenizer that comes with the model.
 
+        Its end-of-text token is the one that the config names: the model was trained with that one, and where the
+        tokenizer names another, documents joined with it are no text that the model knows.
+
         Raises:
             InputRefused: E-TOKENIZER-NOT-FOUND: there is none, or it cannot be read.
         """
@@ -93,9 +96,10 @@ class Checkpoint:
         _refuse_unsafe_tokenizer(self.folder)
         try:
             with quiet_transformers():
-                return AutoTokenizer.from_pretrained(
+                tokenizer = AutoTokenizer.from_pretrained(
                     self.folder, local_files_only=True, trust_remote_code=self.trust_remote_code
                 )
+                return _with_end_of_text(tokenizer, self.settings.get("eos_token_id"))
         except Exception as error:  # a damaged tokenizer raises whatever its parser raises
             raise InputRefused(
                 "E-TOKENIZER-NOT-FOUND",
@@ -287,6 +291,13 @@ def _notices(
             for token in ids if isinstance(ids, list) else [ids]:
                 if isinstance(token, int) and not 0 <= token < config.vocab_size:
                     yield f"{name}: {key} {token} is beyond the {config.vocab_size} rows of the embedding"
+
+
+def _with_end_of_text(tokenizer: Any, eos: Any) -> Any:
+    named = [token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int)]
+    if named and tokenizer.eos_token_id not in named and 0 <= named[0] < len(tokenizer):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(named[0])
+    return tokenizer
 
 
 def _refuse_unsafe_tokenizer(folder: Path) -> None:

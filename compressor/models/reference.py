@@ -1,5 +1,4 @@
-"""A model folder as the reference that an ONNX file is compared with: float32 arithmetic on the stored
-weights."""
+"""A model folder as the reference of an ONNX file: float32 arithmetic on the stored weights."""
 
 from __future__ import annotations
 

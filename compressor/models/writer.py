@@ -31,8 +31,7 @@ _DROPPED_SETTINGS = frozenset(
 
 
 class CheckpointWriter:
-    """Writes a model block by block: one safetensors shard per block, one for the rest, then everything
-    beside.
+    """Writes a model block by block: one safetensors shard per block, one for the rest.
 
     Equal weights and masks give equal bytes.
 
