@@ -68,13 +68,15 @@ class LiveDisplay:
 
     def __init__(self, stream: IO[str], *, every_block: bool = False) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+        from rich.progress import Progress, SpinnerColumn, TextColumn
+
+        from compressor.cli.bar import BlockBar
 
         self._console = Console(file=stream, highlight=False)  # rich itself honours NO_COLOR
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
+            BlockBar(bar_width=20),
             TextColumn("{task.fields[detail]}", markup=False),
             console=self._console,
             transient=True,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -23,9 +24,9 @@ COLUMNS = (
     "nnz",
     "sparsity",
     "N:M",
-    "as dense",
-    "as sparse",
-    "as bitmask",
+    "if dense",
+    "if sparse",
+    "if bitmask",
 )
 LEFT = 4  # columns of text, aligned to the left; the others are figures
 
@@ -67,11 +68,19 @@ def _cells(row: WeightRow) -> tuple[str, ...]:
     )
 
 
+def _natural(row: WeightRow) -> list[tuple[int, str]]:
+    """Key that puts block 2 before block 10."""
+    return [
+        (int(part or 0), "") if place % 2 else (0, part)
+        for place, part in enumerate(re.split(r"(\d+)", row.name))
+    ]
+
+
 def _table(inspection: Inspection) -> str:
     """The table: drawn to fit a terminal, plain columns anywhere else."""
     from compressor.cli.styles import is_terminal
 
-    rows = [_cells(row) for row in inspection.weights]
+    rows = [_cells(row) for row in sorted(inspection.weights, key=_natural)]
     return _drawn(rows) if is_terminal(sys.stdout) else _plain(rows)
 
 
@@ -95,7 +104,8 @@ def _drawn(rows: list[tuple[str, ...]]) -> str:
     console = Console(file=sys.stdout)
     table = Table(box=SIMPLE, pad_edge=False)
     for place, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if place < LEFT else "right", overflow="fold")
+        justify: Literal["left", "right"] = "left" if place < LEFT else "right"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=place > 0)  # long names fold
     for cells in rows:
         table.add_row(*cells)
     with console.capture() as capture:
