@@ -34,13 +34,17 @@ class BlockGraph:
     Attributes:
         proto: The graph. Nodes name the weights, no initializer holds them; only small constants are inline.
         weights: What has to be added as initializers, in the order of first use.
-        block_outputs: Name of the hidden state that leaves each block, first to last.
+        embedded: Name of the hidden state that enters the first block.
+        block_names: Path of each block in the model, first to last; its nodes' names begin with it.
+        block_outputs: Name of the hidden state that leaves each block.
         timings: Seconds for "probe", "trace" and "stitch".
         templates: How many structurally different blocks there are.
     """
 
     proto: onnx.ModelProto
     weights: list[GraphWeight]
+    embedded: str
+    block_names: list[str]
     block_outputs: list[str]
     timings: dict[str, float]
     templates: int
@@ -75,7 +79,15 @@ def build_graph(
     stitched = stitch(parts, templates, traced, opset)
     proto = ir.to_proto(stitched.model)
     clock.end()
-    return BlockGraph(proto, stitched.weights, stitched.block_outputs, clock.timings, len(templates))
+    return BlockGraph(
+        proto=proto,
+        weights=stitched.weights,
+        embedded=stitched.embedded,
+        block_names=[parts.blocks.block_name(index) for index in range(len(parts.blocks))],
+        block_outputs=stitched.block_outputs,
+        timings=clock.timings,
+        templates=len(templates),
+    )
 
 
 class _Clock:

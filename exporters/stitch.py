@@ -26,10 +26,11 @@ _Axis = int | str | None
 
 @dataclass(frozen=True)
 class Stitched:
-    """The graph without its weights, the weights, and the name of each block's hidden state."""
+    """The graph without its weights, the weights, and the names of the hidden states between blocks."""
 
     model: ir.Model
     weights: list[GraphWeight]
+    embedded: str
     block_outputs: list[str]
 
 
@@ -39,7 +40,7 @@ def stitch(parts: ModelParts, templates: Sequence[Template], traced: TracedModel
     The traced nodes of a template are copied for every block that it serves; prologue and epilogue once.
     """
     assembly = _Assembly(parts, templates, traced)
-    assembly.add_prologue()
+    embedded = assembly.add_prologue()
     block_outputs = [assembly.add_block(index) for index in range(len(parts.blocks))]
     assembly.add_epilogue()
     graph = ir.Graph(
@@ -51,7 +52,7 @@ def stitch(parts: ModelParts, templates: Sequence[Template], traced: TracedModel
         name="causal_lm",
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="blockpress")
-    return Stitched(model, assembly.table.weights, block_outputs)
+    return Stitched(model, assembly.table.weights, embedded, block_outputs)
 
 
 class _Assembly:
@@ -85,10 +86,12 @@ class _Assembly:
         """The logits, then key and value of each block."""
         return [self._logits, *self._presents]
 
-    def add_prologue(self) -> None:
-        """Add what is computed once, and take the hidden state that it leaves."""
+    def add_prologue(self) -> str:
+        """Add what is computed once and return the name of the hidden state that it leaves."""
         self._copy(PROLOGUE, "prologue", self._outer_uses, "")
-        self._hidden = self._known[self._traced.embedded]
+        axes = (_BATCH, _LENGTH, _size(self._traced.embedded, -1))
+        self._hidden = self._output(self._traced.embedded, "prologue/hidden_states", axes)
+        return "prologue/hidden_states"
 
     def add_block(self, index: int) -> str:
         """Add a copy of the block's template and return the name of its hidden state."""
