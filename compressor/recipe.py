@@ -50,7 +50,9 @@ class PruningRecipe(_Section):
 class LearningRateProbe(_Section):
     """Short trials on held-out windows of the first blocks that choose the learning rate."""
 
-    candidates: tuple[Positive, ...] = Field(default=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), min_length=1)
+    candidates: tuple[Positive, ...] = Field(
+        default=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), min_length=1
+    )
     blocks: Count = 2
     epochs: Count = 2
 

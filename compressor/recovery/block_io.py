@@ -23,6 +23,7 @@ class BlockIO:
         forward: Runs the block as the model would: (block, (B, T, D)) -> (B, T, D).
         device: Where the block is.
         amp_dtype: bfloat16 or float16 for mixed precision, ``None`` for float32.
+        name: The block, for errors.
     """
 
     inputs: Activations
@@ -32,6 +33,7 @@ class BlockIO:
     forward: Callable[[nn.Module, Tensor], Tensor]
     device: torch.device
     amp_dtype: torch.dtype | None = None
+    name: str = "the block"
 
 
 @dataclass(frozen=True)

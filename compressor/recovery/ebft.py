@@ -71,7 +71,7 @@ def repair(
     if not math.isfinite(before) or not math.isfinite(power):
         raise InputRefused(
             "E-LOSS-NONFINITE",
-            "a block's output is NaN or infinite before its repair has begun",
+            f"the output of {io.name} is NaN or infinite before its repair has begun",
             "compute in float32 with --device cpu, or check the calibration text and the model's weights",
         )
     weights = trained_weights(block)
