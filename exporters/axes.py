@@ -20,7 +20,7 @@ def input_axes(graph: onnx.GraphProto, ranks: Mapping[str, int]) -> dict[str, in
     """The axis of the inputs (-1 or -2) of each weight in ``ranks`` (name: number of axes) that products use.
 
     A weight used in two products that disagree, or in none, is absent. ``Cast``, ``Transpose`` of the last
-    two axes, and the choice of experts (``Gather`` on the first of three axes) are looked through.
+    two axes, and the choice of experts (``Gather`` or ``GatherND`` on the first of three axes) are looked through.
     """
     consumers = defaultdict(list)
     for node in graph.node:
@@ -62,8 +62,8 @@ def _product_axis(node: onnx.NodeProto, position: int) -> int | None:
 
 def _keeps_layout(node: onnx.NodeProto, rank: int) -> bool:
     """Whether the last two axes of the node's first input are those of its output."""
-    if node.op_type == "Gather":
-        return rank >= 3 and _integer(node, "axis", 0) == 0
+    if node.op_type in {"Gather", "GatherND"}:  # GatherND as torch traces it: one index, an expert's number
+        return rank >= 3 and _integer(node, "axis", 0) == 0 == _integer(node, "batch_dims", 0)
     return node.op_type in _PASS_THROUGH
 
 

@@ -80,17 +80,26 @@ def _open(path: Path) -> BinaryIO:
         raise ExportError(
             "E-ONNX-MISSING", f"{path}: {error.strerror or error}", "give the path of an .onnx file"
         ) from error
-    status, reason = os.fstat(descriptor), None
-    if not stat.S_ISREG(status.st_mode):
-        reason = ("E-ONNX-MISSING", "not a regular file", "give the path of an .onnx file")
-    elif status.st_size == 0:
-        reason = ("E-ONNX-TRUNCATED", "the file is empty", "copy the file again, or export again")
-    elif status.st_size > MAX_MODEL_BYTES:
-        reason = ("E-ONNX-TOO-LARGE", f"{status.st_size} bytes", "keep the weights in external data")
-    if reason is not None:
+    refused = _refusal(path, os.fstat(descriptor))
+    if refused is not None:
         os.close(descriptor)
-        raise ExportError(reason[0], f"{path}: {reason[1]}", reason[2])
+        raise refused
     return os.fdopen(descriptor, "rb")
+
+
+def _refusal(path: Path, status: os.stat_result) -> ExportError | None:
+    """Why the file at ``path`` cannot be a model, from its type and size alone."""
+    if not stat.S_ISREG(status.st_mode):
+        return ExportError("E-ONNX-MISSING", f"{path}: not a regular file", "give the path of an .onnx file")
+    if status.st_size == 0:
+        return ExportError("E-ONNX-TRUNCATED", f"{path}: the file is empty", "copy it again, or export again")
+    if status.st_size > MAX_MODEL_BYTES:
+        return ExportError(
+            "E-ONNX-TOO-LARGE",
+            f"{path}: {status.st_size} bytes, protobuf allows {MAX_MODEL_BYTES}",
+            "export the model with its weights in external data",
+        )
+    return None
 
 
 def _parse(content: mmap.mmap) -> tuple[onnx.ModelProto, list[Field]]:

@@ -331,6 +331,15 @@ def test_input_axis_is_read_from_the_use(
     assert read_model(tmp_path / "m.onnx").tensors[0].input_axis == expected
 
 
+@pytest.mark.parametrize("choose", ["Gather", "GatherND"])
+def test_input_axis_of_experts_is_read_through_their_choice(tmp_path: Path, choose: str) -> None:
+    """Experts are chosen by number before they multiply; their inputs lie where the product sums."""
+    nodes = [helper.make_node(choose, ["w", "x"], ["e"]), helper.make_node("MatMul", ["e", "x"], ["z"])]
+    experts = numpy_helper.from_array(pruned_matrix((3, 4, 4), 0.5), "w")
+    path = saved(tmp_path / "m.onnx", initializers=[experts], nodes=nodes)
+    assert read_model(path).tensors[0].input_axis == -1
+
+
 def test_input_axis_in_a_graph_with_a_cycle_ends(tmp_path: Path) -> None:
     """A broken graph whose nodes feed each other does not hang the reader."""
     nodes = [helper.make_node("Cast", ["w"], ["a"], to=1), helper.make_node("Cast", ["a"], ["w"], to=1)]
