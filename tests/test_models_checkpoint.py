@@ -102,7 +102,9 @@ def test_checkpoint_only_warns_of_config_ids(folder: Path) -> None:
 
 def test_checkpoint_does_not_run_code_it_does_not_need(folder: Path) -> None:
     """A supported type that brings code of its own opens with transformers' implementation, and says so."""
-    change_json(folder / "config.json", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    change_json(
+        folder / "config.json", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    )
     (folder / "evil.py").write_text("raise SystemExit('this code was run')", encoding="utf-8")
     for trust in (False, True):
         checkpoint = open_checkpoint(folder, trust_remote_code=trust)
@@ -186,7 +188,9 @@ def test_checkpoint_refuses_a_hostile_config(folder: Path, changes: dict[str, An
         assert any(key in error.message for key in (*changes, "deep", "_anything", "trust_remote_code"))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1, "a": 2}', "[" * 100_000, '{"a":' * 50 + "1" + "}" * 50])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", '{"a": 1, "a": 2}', "[" * 100_000, '{"a":' * 50 + "1" + "}" * 50]
+)
 def test_checkpoint_refuses_a_config_that_is_no_config(folder: Path, content: str) -> None:
     """What is no JSON object, names a key twice or nests without end is refused as such."""
     (folder / "config.json").write_text(content, encoding="utf-8")
@@ -364,7 +368,9 @@ def test_hub_records_the_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_hub_refuses_a_repository_of_pickles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Pickles are not fetched; that there is nothing else is told."""
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: ["config.json", "pytorch_model.bin"])
+    monkeypatch.setattr(
+        "huggingface_hub.list_repo_files", lambda *_, **__: ["config.json", "pytorch_model.bin"]
+    )
     with pytest.raises(InputRefused) as refused:
         hub.fetch("somebody/old", None)
     assert refused.value.error_id == "E-MODEL-PICKLE"

@@ -57,7 +57,9 @@ def test_registry_refuses_by_name(settings: dict[str, Any], error_id: str) -> No
 def test_registry_refuses_dynamic_rope_in_either_form() -> None:
     """Transformers' own spelling of dynamic rope is refused like the older one; llama3 rope is not."""
     with pytest.raises(InputRefused, match="dynamic"):
-        architecture_of(config_of("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))
+        architecture_of(
+            config_of("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+        )
     assert architecture_of(config_of("llama3_rope")).model_type == "llama"
 
 
