@@ -15,6 +15,7 @@ from tiny_checkpoints import change_json, make_tokenizer, write_checkpoint
 from compressor.errors import HubError, InputRefused, ReportedError
 from compressor.models import hub
 from compressor.models.checkpoint import open_checkpoint
+from compressor.models.weight_files import read_header
 
 WEIGHTS = "model.safetensors"
 
@@ -374,3 +375,16 @@ def test_hub_refuses_a_repository_of_pickles(monkeypatch: pytest.MonkeyPatch, tm
     with pytest.raises(InputRefused) as refused:
         hub.fetch("somebody/old", None)
     assert refused.value.error_id == "E-MODEL-PICKLE"
+
+
+def test_checkpoint_refuses_a_file_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight file without the right to read it is refused by name."""
+
+    def forbidden(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    # config.json is read through the same call first, so the header is asked for directly.
+    with pytest.raises(InputRefused, match="Permission denied") as refused:
+        read_header(folder / WEIGHTS)
+    assert refused.value.error_id == "E-WEIGHTS-UNREADABLE"

@@ -16,7 +16,7 @@ from typing import Any
 from compressor.errors import InputRefused
 from compressor.models.config_file import read_json_object
 
-__all__ = ["StoredTensor", "WeightFiles", "find_weight_files", "pickle_refused"]
+__all__ = ["StoredTensor", "WeightFiles", "find_weight_files", "pickle_refused", "read_header"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -108,17 +108,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors that a safetensors file holds, its header checked against the format and the file's size.
 
     Raises:
-        InputRefused: E-WEIGHTS-TRUNCATED, E-WEIGHTS-HEADER, E-WEIGHTS-DUPLICATE.
+        InputRefused: E-WEIGHTS-TRUNCATED, E-WEIGHTS-HEADER, E-WEIGHTS-DUPLICATE, E-WEIGHTS-UNREADABLE.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        prefix = stream.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) == 8 and length > MAX_HEADER_BYTES:
-            raise _bad_header(path, f"its header would have {length} bytes")
-        if len(prefix) < 8 or 8 + length > size:
-            raise _truncated(path, f"{size} bytes end within its header")
-        text = stream.read(length)
+    size, text = _header_text(path)
     header = _parse_header(path, text)
     tensors: dict[str, StoredTensor] = {}
     spans: list[tuple[int, int, str]] = []
@@ -131,12 +123,32 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if begin != position:
             raise _bad_header(path, f"{name} begins at byte {begin} instead of {position}")
         position = end
-    stored = size - 8 - length
+    stored = size - 8 - len(text)
     if stored < position:
         raise _truncated(path, f"its tensors need {position} bytes, {stored} are there")
     if stored > position:
         raise _bad_header(path, f"{stored - position} bytes at its end belong to no tensor")
     return tensors
+
+
+def _header_text(path: Path) -> tuple[int, bytes]:
+    """Size of the file, and its header as it stands."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            prefix = stream.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) == 8 and length > MAX_HEADER_BYTES:
+                raise _bad_header(path, f"its header would have {length} bytes")
+            if len(prefix) < 8 or 8 + length > size:
+                raise _truncated(path, f"{size} bytes end within its header")
+            return size, stream.read(length)
+    except OSError as error:
+        raise InputRefused(
+            "E-WEIGHTS-UNREADABLE",
+            f"{path.name} cannot be read: {error.strerror}",
+            "check the file and its rights",
+        ) from None
 
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
