@@ -4,7 +4,7 @@ A Llama of 1.3 million parameters with a byte-level BPE tokenizer, on the `train
 `python-docs`. The checkpoint that is best on the `heldout` split is kept, measured once on the `evaluation`
 split, and written with its tokenizer and its model card:
 
-    python examples/train_tiny_llm.py --out examples/tiny-llm --steps 1600 --threads 2
+    python examples/train_tiny_llm.py --out examples/tiny-llm --steps 1500 --threads 1
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BOS, EOS = "<s>", "</s>"
 BOS_ID, EOS_ID = 0, 1
 VOCABULARY = 1536
 WINDOW = 256  # tokens per training and evaluation window, and the model's max_position_embeddings
-BATCH = 16  # windows per step
+BATCH = 8  # windows per step
 WARMUP_STEPS = 100
 EVALUATE_EVERY = 200  # steps
 CARD = Path(__file__).with_name("tiny_llm_card.md")
@@ -269,8 +269,8 @@ def write_card(folder: Path, command: str, figures: Figures, generated: str) -> 
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write."
 )
-@click.option("--steps", type=click.IntRange(1), default=1600, show_default=True)
-@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=1500, show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--learning-rate", type=float, default=6e-3, show_default=True, help="Peak of the schedule.")
 @click.option("--weight-decay", type=float, default=0.1, show_default=True)
