@@ -138,7 +138,7 @@ class _Assembly:
         for node in self._sections[section]:
             if node.outputs[0] in uses:
                 continue  # a Transpose that storing the weight transposed makes superfluous
-            _refuse_unsupported(node, prefix)
+            _refuse_control_flow(node, prefix)
             inputs = [self._input(value, uses, scope) for value in node.inputs]
             outputs = [ir.Value(name=f"{prefix}/{value.name}") for value in node.outputs]
             self._known.update(zip(node.outputs, outputs, strict=True))
@@ -176,19 +176,12 @@ class _Assembly:
         return name if self._times_named[name] == 1 else f"{name}_{self._times_named[name]}"
 
 
-def _refuse_unsupported(node: ir.Node, where: str) -> None:
+def _refuse_control_flow(node: ir.Node, where: str) -> None:
     if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
         raise ExportError(
             "E-EXPORT-CONTROL-FLOW",
             f"{where} was traced with control flow ({node.op_type}), which cannot be copied",
             "Export a model of a supported architecture.",
-        )
-    values = [value for value in (*node.inputs, *node.outputs) if value is not None]
-    if node.op_type != "Cast" and any(value.dtype == ir.DataType.BFLOAT16 for value in values):
-        raise ExportError(
-            "E-EXPORT-BFLOAT16",
-            f"{where} computes in bfloat16 ({node.op_type}), for which ONNX Runtime has no CPU kernel",
-            "Load the model in float32 or float16; weights can still be stored as bfloat16.",
         )
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from exporters.bfloat16 import widen_bfloat16
 from exporters.block_cache import BlockCache
 from exporters.errors import ExportError
 from exporters.example import ExampleSizes, example_inputs
@@ -76,18 +77,31 @@ def trace_model(
     """Return prologue, templates and epilogue as one graph with dynamic batch, length and past.
 
     Raises:
-        ExportError: E-EXPORT-TRACE when PyTorch cannot export the model at this opset.
+        ExportError: E-EXPORT-TRACE when PyTorch cannot trace the model, E-EXPORT-OPSET when it cannot write
+            it at this opset.
     """
     cut = _CutModel(parts, templates)
     inputs, axes = example_inputs(parts, templates, sizes)
-    try:
-        with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet():
+        try:
             exported = torch.export.export(cut, (), kwargs=inputs, dynamic_shapes=axes, strict=False)
+        except Exception as error:  # dozens of classes, from the model's own to the compiler's
+            raise ExportError(
+                "E-EXPORT-TRACE",
+                f"{type(parts.model).__name__} cannot be traced: {_cause(error)}",
+                "Export a model of a supported architecture, in a configuration without data-dependent code.",
+            ) from error
+        try:
             program = torch.onnx.export(exported, opset_version=opset, dynamo=True, verbose=False)
-    except Exception as error:  # The exporter raises dozens of classes, its own and the compiler's.
-        raise _trace_error(parts.model, opset, error) from error
+        except Exception as error:  # the converter wraps whatever an operator's conversion raises
+            raise ExportError(
+                "E-EXPORT-OPSET",
+                f"{type(parts.model).__name__} cannot be written at opset {opset}: {_cause(error)}",
+                "Use --opset 18, at which every supported architecture works.",
+            ) from error
     if program is None or program.model.functions:
-        raise _trace_error(parts.model, opset, "the exporter left functions in the graph")
+        raise RuntimeError("the exporter left functions in the graph")
+    widen_bfloat16(program.model.graph)
     return _named_model(program.model, inputs, len(templates))
 
 
@@ -167,13 +181,12 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _trace_error(model: nn.Module, opset: int, reason: Exception | str) -> ExportError:
-    lines = [line for line in str(reason).splitlines() if line.strip()] or [type(reason).__name__]
-    return ExportError(
-        "E-EXPORT-TRACE",
-        f"{type(model).__name__} cannot be traced at opset {opset}: {lines[0].strip()}",
-        "Try --opset 18; if that fails too, the architecture's code cannot be exported by this PyTorch.",
-    )
+def _cause(error: BaseException) -> str:
+    """Return the first line of the innermost error; the outer ones are the exporter's advice to its developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def _named_model(model: ir.Model, inputs: dict[str, Any], templates: int) -> TracedModel:
