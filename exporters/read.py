@@ -25,7 +25,7 @@ from onnx import SparseTensorProto, TensorProto
 from exporters.axes import input_axes
 from exporters.errors import ExportError
 from exporters.protobuf import LENGTH_DELIMITED, Field, fields, text
-from exporters.stored import StoredTensor, dense_tensor, sparse_tensor
+from exporters.stored import StoredTensor, dense_tensor, malformed, sparse_tensor
 
 MAX_MODEL_BYTES = 2**31 - 1
 _MODEL_GRAPH = 7
@@ -159,6 +159,9 @@ def _constants(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, TensorPro
 
 
 def _is_numeric(tensor: TensorProto) -> bool:
+    """Whether the constant holds numbers. Strings are passed over, but may not come from other files."""
+    if tensor.data_type == TensorProto.STRING and tensor.data_location == TensorProto.EXTERNAL:
+        raise malformed(text(tensor.name), "strings in external data")
     return bool(tensor.data_type != TensorProto.STRING)
 
 

@@ -202,6 +202,13 @@ def test_data_in_a_constant_of_a_node_is_contained_too(tmp_path: Path) -> None:
     assert refusal(saved(tmp_path / "m.onnx", nodes=[node])) == "E-ONNX-DATA-ESCAPES"
 
 
+def test_strings_in_other_files_are_refused(tmp_path: Path) -> None:
+    """Strings cannot lie in external data, so nothing is looked for there."""
+    tensor = external(location="../secret")
+    tensor.data_type = TensorProto.STRING
+    assert refusal(saved(tmp_path / "m.onnx", initializers=[tensor])) == "E-ONNX-TENSOR-MALFORMED"
+
+
 def test_missing_data_is_named(tmp_path: Path) -> None:
     """The message has the tensor and the file that should be there."""
     path = saved(tmp_path / "m.onnx", initializers=[external()])
