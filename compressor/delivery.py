@@ -156,7 +156,7 @@ class Delivery:
         settings = self._recipe.export
         parts = export_parts(self._hf, self._subject.dtype, trust_remote_code=self._subject.trust_remote_code)
         graph = build_graph(parts, opset=settings.opset)
-        with self._measure.stage("block check"):
+        with self._measure.stage("export: block check"):
             check_blocks(parts, graph)
         tensors = write_model(
             graph.proto,

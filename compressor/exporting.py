@@ -61,7 +61,7 @@ def export(
             where = resolve_device(device)
             checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
             dtype = export_dtype(recipe.export.dtype, checkpoint.dtype)
-            source = open_source(checkpoint, where)
+            source = open_source(checkpoint, where, stored_dtype=dtype)
             seqlen = window_length(source.max_seqlen, recipe.calibration.seqlen)
             tokenizer = checkpoint.load_tokenizer()
             evaluation = evaluation_of(recipe.evaluation, tokenizer, seqlen, vocab_rows=source.vocab_size)

@@ -95,7 +95,7 @@ def compress(
             where = resolve_device(device)
             checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
             dtype = export_dtype(recipe.export.dtype, checkpoint.dtype)
-            source = open_source(checkpoint, where)
+            source = open_source(checkpoint, where, stored_dtype=dtype)
             job = _plan(source, recipe, where, dtype, progress)
         with measure.stage("blocks"):
             passed = _run_blocks(job, CheckpointWriter(hf_folder, source, dtype), stop, progress)

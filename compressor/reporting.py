@@ -47,7 +47,15 @@ def validation_facts(report: ValidationReport | None) -> ValidationFacts:
         provider=report.provider,
         first_divergence=report.first_divergence,
         checks=tuple(
-            CheckRow(name=c.name, status=c.status, measured=c.measured, limit=c.limit, unit=c.unit, why=c.why)
+            CheckRow(
+                name=c.name,
+                status=c.status,
+                measured=c.measured,
+                limit=c.limit,
+                unit=c.unit,
+                why=c.why,
+                details=dict(c.details),
+            )
             for c in report.checks
         ),
     )

@@ -1,6 +1,6 @@
 """What becomes zero: patterns, masks, counts. Tensors only.
 
-Notation: ``W`` is a weight matrix of shape (out, in); a mask has its weight's shape, dtype bool, and ``True`` means kept.
+Notation: ``W`` is a weight matrix (out, in); a mask has its weight's shape, dtype bool, and ``True`` means kept.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from compressor.evaluation import Evaluation, evaluation_of, window_length
 from compressor.models.checkpoint import open_checkpoint
 from compressor.models.source import max_seqlen
 from compressor.progress import Notice, Progress, StageStarted, TextReady, silent
-from compressor.recipe import EvaluationRecipe, GatesRecipe
+from compressor.recipe import EvaluationRecipe, GatesRecipe, parse_recipe
 from compressor.report.schema import Report, read_report
 from compressor.run.output import OutputPlan, name_output
 from validators.checks import CHECK_NAMES, Gates, ValidationReport
@@ -234,7 +234,8 @@ def _windows(
         return evaluation_of(asked, tokenizer, seqlen)
     if recorded is not None and protocol is not None:
         settings = (recorded.recipe or {}).get("evaluation", {})
-        recipe = EvaluationRecipe(**{**settings, "source": protocol.source, "max_windows": protocol.windows})
+        told = {**settings, "source": protocol.source, "max_windows": protocol.windows}
+        recipe = parse_recipe({"evaluation": told}, origin=plan.report_json.name).evaluation
         found = _same_text(recipe, tokenizer, seqlen, protocol.sha256, note)
         if found is not None:
             return found

@@ -1,4 +1,4 @@
-"""The one shape every error shown to a user has: a stable id, one line that says what, one line that says what to do."""
+"""The shape of every error that a user sees: a stable id, one line that says what, one that says what to do."""
 
 from __future__ import annotations
 
