@@ -27,7 +27,7 @@ from compressor.report.schema import CheckRow, Report, ValidationFacts
 
 EVENTS = (
     StageStarted("open", "some/model"),
-    RunStarted("model", "llama", 2, 800_000, "bfloat16", "float16", "cpu", "50 %", "wanda", "ebft"),
+    RunStarted("model", "llama", 2, 800_000, "bfloat16", "float16", "cpu", "0.5", "wanda", "ebft"),
     TextReady("calibration", "python-docs", 112, 256, 16),
     TextReady("evaluation", "python-docs", 64, 256),
     LearningRateChosen(1e-3, (3e-4, 1e-3, 3e-3), 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -73,6 +74,22 @@ def test_cli_inspect_draws_a_table_on_a_terminal(
     assert any("───" in line for line in lines)
     assert max(len(line) for line in lines[:6]) <= 120
     assert any("blocks.2.weight" in line and "64×48" in line for line in lines)
+
+
+def test_cli_inspect_reader_that_is_gone_is_no_error(onnx: Path) -> None:
+    """``| head`` closing stdout before anything is printed: no message, and the exit code of the command."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "compressor", "inspect", str(onnx), "-q"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 def test_cli_inspect_truncated_file_exits_3(terminal: Terminal, onnx: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from cli_fakes import FakePipeline, Terminal, TerminalStream, install, report_wi
 
 from compressor import errors
 from compressor.cli.failures import Interrupted
+from compressor.cli.wording import describe
+from compressor.progress import BlockFinished
 from compressor.recipe import Recipe, read_recipe
 from compressor.run.lock import hold_output
 from exporters.errors import ExportError
@@ -85,16 +88,20 @@ def test_cli_run_progress_lines_have_time_and_level(
         ["INFO", "evaluation     python-docs, 64 windows × 256 tokens"],
         ["INFO", "learning rate  0.001, best of 3e−4, 0.001, 0.003 on held-out windows"],
     ]
-    assert lines[6][1].startswith(
-        "block          1/2  loss 0.0412 → 0.0087 (best at step 290 of 320)  11.0 s · "
-    )
-    assert lines[6][1].endswith(" left")
+    best = "(best at step 290 of 320)"
+    assert lines[6] == ["INFO", f"block          1/2  loss 0.0412 → 0.0087 {best}  11.0 s · 11.0 s left"]
     assert lines[7] == ["INFO", "block          2/2  loss 0.0512 → 0.0107 (best at step 0 of 320)  11.0 s"]
     assert lines[8:] == [
         ["WARNING", "note           expert 3 saw no token"],
         ["INFO", "export"],
         ["INFO", "validate"],
     ]
+
+
+def test_cli_run_block_without_a_repair_has_no_loss() -> None:
+    """Where nothing was repaired nothing is said of a loss."""
+    unrepaired = BlockFinished(0, 2, float("nan"), float("nan"), 0, 0, 1.5)
+    assert describe(unrepaired) == ["block          1/2  1.50 s"]
 
 
 def test_cli_run_options_become_the_recipe(terminal: Terminal, fake: FakePipeline, out: Path) -> None:
@@ -390,6 +397,19 @@ def test_cli_export_stops_at_the_first_signal(terminal: Terminal, fake: FakePipe
     assert terminal.run("export", "model", "--out", out).code == 143
 
 
+@pytest.mark.filterwarnings("default:mind the gap")
+def test_cli_run_log_file_tells_the_run(
+    terminal: Terminal, fake: FakePipeline, out: Path, cache_of_its_own: Path
+) -> None:
+    """The log has what was shown, also with -q, and warnings of libraries."""
+    fake.during = lambda _: warnings.warn("mind the gap", UserWarning, stacklevel=1)
+    ended = terminal.run("run", "model", "--out", out, "-q")
+    text = next((cache_of_its_own / "logs").glob("*-run.log")).read_text()
+    assert "block          2/2  loss 0.0512 → 0.0107" in text
+    assert "mind the gap" in text
+    assert ended.err == ""
+
+
 def test_cli_run_leaves_logging_as_it_was(terminal: Terminal, fake: FakePipeline, out: Path) -> None:
     """A program that calls main() keeps its own logging, also after a failure."""
     before = (logging.root.level, list(logging.root.handlers))
@@ -425,7 +445,7 @@ def test_cli_run_terminal_has_a_live_line(
     """On a terminal there is a bar that moves, settled facts above it, and no time stamps."""
     text = live_text(fake, out, monkeypatch, terminal)
     assert "calibration    python-docs, 112 windows × 256 tokens" in text
-    assert "blocks         2/2 done" in text
+    assert "blocks         2 of 2 in 22.0 s · the last: loss 0.0512 → 0.0107" in text
     assert "\x1b[" in text  # the live line goes back
     assert " INFO " not in text
 

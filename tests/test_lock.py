@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from compressor.errors import OutputRefused
+from compressor.run import logs
 from compressor.run.cache import cache_folder
 from compressor.run.lock import hold_output, lock_path
 from compressor.run.output import reserve_output
@@ -109,3 +110,17 @@ def test_cache_that_cannot_be_made_is_refused(monkeypatch: pytest.MonkeyPatch, t
         cache_folder()
     assert refused.value.error_id == "E-CACHE-NOT-WRITABLE"
     assert "BLOCKPRESS_CACHE" in refused.value.remedy
+
+
+def test_cache_keeps_a_bounded_number_of_logs(cache_of_its_own: Path) -> None:
+    """The oldest log goes when there are too many."""
+    folder = cache_of_its_own / "logs"
+    folder.mkdir()
+    for number in range(logs.KEPT_LOGS + 5):
+        (folder / f"20200101-0000{number:02}-1-run.log").touch()
+    newest = logs.add_log_file("run")
+    logs.remove_log_file()
+    names = sorted(path.name for path in folder.iterdir())
+    assert len(names) == logs.KEPT_LOGS
+    assert names[-1] == newest.name
+    assert "20200101-000000-1-run.log" not in names

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 import click
 
 from compressor.cli.failures import describe_failure, print_failure
+from compressor.cli.terminal import discard_stdout
 
 COMMANDS = ("run", "validate", "export", "inspect")
 
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = _invoke(tokens)
     except BrokenPipeError:
-        code = 0  # the reader of our stdout has seen enough
+        code = 0  # the reader of stdout has seen enough
     except BaseException as error:
         failure = describe_failure(error)
         code = failure.exit_code
@@ -86,7 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if "compressor.run.logs" in sys.modules:
             sys.modules["compressor.run.logs"].remove_log_file()
-    _flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_stdout()
     return code
 
 
@@ -101,11 +104,3 @@ def _invoke(tokens: list[str]) -> int:
     except click.exceptions.Exit as end:  # --help, --version
         return end.exit_code
     return code if isinstance(code, int) else 0
-
-
-def _flush() -> None:
-    """Flush stdout now; where its reader is gone (``| head``), leave the interpreter's own flush nothing."""
-    try:
-        sys.stdout.flush()
-    except (BrokenPipeError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

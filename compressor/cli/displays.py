@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import IO, Protocol
 
-from compressor.cli.wording import Remaining, block_line, blocks_done, describe, labelled
+from compressor.cli.wording import Remaining, block_line, blocks_done, describe, labelled, losses_of
 from compressor.progress import BlockFinished, BlockProgress, Event, Notice, StageStarted
+from compressor.report.units import duration
 
 
 class Display(Protocol):
@@ -46,7 +47,7 @@ class PlainDisplay:
         """One line per event; none for a step inside a block."""
         left = ""
         if isinstance(event, (BlockProgress, BlockFinished)):
-            left = self._remaining.after(blocks_done(event), event.total)
+            left = self._remaining.after(event)
         level = "WARNING" if isinstance(event, Notice) else "INFO"
         for text in describe(event):
             self._write(level, f"{text} · {left}" if left else text)
@@ -85,47 +86,47 @@ class LiveDisplay:
         self._task = self._progress.add_task("starting", total=None, detail="")
         self._every_block = every_block
         self._remaining = Remaining()
-        self._last: BlockFinished | None = None
+        self._finished: list[BlockFinished] = []
         self._progress.start()
 
     def show(self, event: Event) -> None:
         """Move the live line; print what is settled above it."""
         if isinstance(event, (BlockProgress, BlockFinished)):
             self._show_block(event)
-            return
-        if isinstance(event, StageStarted):
+        elif isinstance(event, StageStarted):
             self._settle_blocks()
-            self._progress.reset(self._task, description=f"{event.name}", total=None, detail=event.detail)
-            return
-        for text in describe(event):
-            self._print(text)
+            self._progress.remove_task(self._task)  # a new one, as a bar cannot be taken from a task again
+            self._task = self._progress.add_task(event.name, total=None, detail=event.detail)
+        else:
+            for text in describe(event):
+                self._print(text)
 
     def _show_block(self, event: BlockProgress | BlockFinished) -> None:
         if isinstance(event, BlockFinished):
-            self._last = event
+            self._finished.append(event)
             if self._every_block:
                 self._print(labelled("block", block_line(event)))
-        done = blocks_done(event)
-        left = self._remaining.after(done, event.total)
-        loss = block_line(self._last).split("  ", 1)[1] if self._last is not None else ""
+        finished = self._finished[-1] if self._finished else None
+        left = self._remaining.after(event)
+        facts = [losses_of(finished), f"{duration(finished.elapsed_s)} a block"] if finished else []
         current = min(event.index + (2 if isinstance(event, BlockFinished) else 1), event.total)
         self._progress.update(
             self._task,
             description=f"block {current:>{len(str(event.total))}}/{event.total}",
             total=event.total,
-            completed=done,
-            detail=" · ".join(part for part in (loss, left) if part),
+            completed=blocks_done(event),
+            detail=" · ".join(part for part in (*facts, left) if part),
         )
 
     def _settle_blocks(self) -> None:
-        if self._last is not None and not self._every_block:
-            self._print(
-                labelled(
-                    "blocks",
-                    f"{self._last.index + 1}/{self._last.total} done; the last: {block_line(self._last)}",
-                )
-            )
-        self._last = None
+        if self._finished and not self._every_block:
+            elapsed_s = sum(event.elapsed_s for event in self._finished)
+            last = self._finished[-1]
+            facts = [f"{len(self._finished)} of {last.total} in {duration(elapsed_s)}"]
+            if last.steps:
+                facts.append(f"the last: {losses_of(last)}")
+            self._print(labelled("blocks", " · ".join(facts)))
+        self._finished.clear()
 
     def line(self, text: str) -> None:
         """A line above the live one."""

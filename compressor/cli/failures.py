@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from compressor.cli.terminal import bold_red
 from exporters.errors import ReportedError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -106,7 +107,5 @@ def print_failure(failure: Failure, *, as_json: bool) -> None:
         if as_json:
             sys.stdout.write(json.dumps({"error": asdict(failure)}, ensure_ascii=False) + "\n")
             return
-        from compressor.cli.styles import bold_red
-
         print(f"{bold_red(failure.id, sys.stderr)}  {failure.message}", file=sys.stderr)
         print(f"  do this: {failure.remedy}", file=sys.stderr)

@@ -34,12 +34,12 @@ LEFT = 4  # columns of text, aligned to the left; the others are figures
 @click.command("inspect", cls=SectionedCommand, short_help="List what an ONNX file holds, weight by weight.")
 @click.argument("path", metavar="ONNX")
 @options.talk_options
-def command(path: str, as_json: bool, verbose: bool, quiet: bool) -> int:
+def command(path: str, as_json: bool, verbosity: int, quiet: bool) -> int:
     """List the weights of ONNX, a file or a folder with model.onnx: zeros, patterns, bytes by encoding."""
     from compressor.cli.session import open_session
     from compressor.cli.signals import stop_at_once
 
-    with open_session("inspect", quiet=quiet, verbose=verbose) as session, stop_at_once():
+    with open_session("inspect", quiet=quiet, verbosity=verbosity) as session, stop_at_once():
         from exporters.inspect import inspect_model
 
         file = Path(path)
@@ -78,7 +78,7 @@ def _natural(row: WeightRow) -> list[tuple[int, str]]:
 
 def _table(inspection: Inspection) -> str:
     """The table: drawn to fit a terminal, plain columns anywhere else."""
-    from compressor.cli.styles import is_terminal
+    from compressor.cli.terminal import is_terminal
 
     rows = [_cells(row) for row in sorted(inspection.weights, key=_natural)]
     return _drawn(rows) if is_terminal(sys.stdout) else _plain(rows)

@@ -354,7 +354,9 @@ validation_options = _stack(
 )
 talk_options = _stack(
     flag("Other", "--json", "as_json", is_flag=True, help="One JSON document on stdout, errors included."),
-    flag("Other", "-v", "--verbose", is_flag=True, help="Every block, and what the libraries log."),
+    flag(
+        "Other", "-v", "--verbose", "verbosity", count=True, help="Every block, and warnings; -vv: all logs."
+    ),
     flag("Other", "-q", "--quiet", is_flag=True, help="Nothing but the verdict and errors."),
 )
 

@@ -38,7 +38,7 @@ def command(
     seed: int | None,
     overrides: dict[str, Any],
     as_json: bool,
-    verbose: bool,
+    verbosity: int,
     quiet: bool,
     no_validate: bool,
     **choices: Any,
@@ -52,7 +52,7 @@ def command(
     from compressor.cli.summary import result_text
     from compressor.run.output import reserve_output
 
-    with open_session("run", quiet=quiet, verbose=verbose) as session:
+    with open_session("run", quiet=quiet, verbosity=verbosity) as session:
         settings = options.recipe_overrides(assignments, overrides, seed)
         from compressor.recipe import read_recipe
 

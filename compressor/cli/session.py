@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from compressor.cli.displays import Display, LiveDisplay, NoDisplay, PlainDisplay
 from compressor.cli.packages import check_packages
-from compressor.cli.styles import is_terminal
+from compressor.cli.terminal import discard_stdout, is_terminal
+from compressor.cli.wording import describe
 from compressor.errors import ReportedError
 from compressor.progress import Event, Notice
 from compressor.run.logs import add_log_file
@@ -27,6 +29,9 @@ QUIET = {
 }
 
 
+_LOG = logging.getLogger("compressor.cli")
+
+
 class Session:
     """One command at work: its progress, and at the end its result."""
 
@@ -35,9 +40,11 @@ class Session:
         self._told: set[str] = set()
 
     def progress(self, event: Event) -> None:
-        """Show an event of the pipeline."""
+        """Show an event of the pipeline, and note it in the log."""
         if isinstance(event, Notice):
             self._told.add(event.message)
+        for line in describe(event):
+            _LOG.info(line)
         self.display.show(event)
 
     def result(self, text: str, notices: Iterable[str] = ()) -> None:
@@ -47,17 +54,22 @@ class Session:
         """
         for message in notices:
             if message not in self._told:
-                self.display.show(Notice(message))
+                self.progress(Notice(message))
         self.display.close()
         try:
             print(text, flush=True)
         except BrokenPipeError:
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - lives as long as the process
+            discard_stdout()
 
 
 @contextmanager
-def open_session(command: str, *, quiet: bool, verbose: bool) -> Iterator[Session]:
-    """A session for ``command``; everything global that it changed is put back at its end.
+def open_session(command: str, *, quiet: bool, verbosity: int) -> Iterator[Session]:
+    """A session for ``command``; what it changed of logging is put back at its end.
+
+    Args:
+        command: Name of the command, for the log file.
+        quiet: Show no progress.
+        verbosity: 1 shows every block and the warnings of libraries, 2 all that libraries log.
 
     Raises:
         UsageError: The installation is damaged.
@@ -65,40 +77,47 @@ def open_session(command: str, *, quiet: bool, verbose: bool) -> Iterator[Sessio
     check_packages()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    session = Session(_display(quiet=quiet, verbose=verbose))
-    with _logging(command, verbose and not quiet):
-        try:
-            yield session
-        finally:
-            session.display.close()
-
-
-def _display(*, quiet: bool, verbose: bool) -> Display:
-    if quiet:
-        return NoDisplay()
-    if is_terminal(sys.stderr):
-        return LiveDisplay(sys.stderr, every_block=verbose)
-    return PlainDisplay(sys.stderr)
+    with _display(quiet=quiet, every_block=verbosity > 0) as display, _logging(command, 0 if quiet else verbosity):
+        yield Session(display)
 
 
 @contextmanager
-def _logging(command: str, verbose: bool) -> Iterator[None]:
-    """Send warnings and logs to a file, with ``-v`` to stderr too."""
+def _display(*, quiet: bool, every_block: bool) -> Iterator[Display]:
+    display: Display
+    if quiet:
+        display = NoDisplay()
+    elif is_terminal(sys.stderr):
+        display = LiveDisplay(sys.stderr, every_block=every_block)
+    else:
+        display = PlainDisplay(sys.stderr)
+    try:
+        yield display
+    finally:
+        display.close()
+
+
+@contextmanager
+def _logging(command: str, verbosity: int) -> Iterator[None]:
+    """Send logs and warnings to a file, and to stderr too when asked. Progress is in the file, shown elsewhere."""
     root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.INFO)
+    levels = {root: root.level, _LOG: _LOG.level}
+    root.setLevel(logging.INFO if verbosity > 1 else logging.WARNING)
+    _LOG.setLevel(logging.INFO)
     logging.captureWarnings(True)
     with suppress(ReportedError, OSError):  # validate and inspect work without a place for logs
         add_log_file(command)
+    _LOG.info("compress %s", shlex.join(sys.argv[1:]))
     echo = logging.StreamHandler(sys.stderr)
+    echo.addFilter(lambda record: record.name != _LOG.name)
     echo.setFormatter(
         logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
     )
-    if verbose:
+    if verbosity:
         root.addHandler(echo)
     try:
         yield
     finally:  # the log file stays open: a failure may still have to write its traceback
         root.removeHandler(echo)
-        root.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
         logging.captureWarnings(False)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressor.cli.styles import bold_green, bold_red, bold_yellow
+from compressor.cli.terminal import bold_green, bold_red, bold_yellow
 from compressor.cli.wording import labelled
 from compressor.report.units import MISSING, byte_size, number, percent
 
@@ -19,6 +19,11 @@ VERSIONS = (
     ("recovered", "recovered"),
     ("onnx", "ONNX Runtime"),
 )
+ONLY_WHEN_ASKED = {
+    "pattern",
+    "sparsity",
+    "perplexity-increase",
+}  # skipped by every run that sets no such limit
 NOT_FASTER = (
     "Smaller on disk, not faster: stock ONNX Runtime expands sparse initializers when it loads the file."
 )
@@ -57,7 +62,11 @@ def summarise_output(report: Mapping[str, Any], out: Path, report_path: Path, *,
         return "\n".join(ending)
     if validation.get("first_divergence"):
         ending.insert(-1, labelled("diverges", validation["first_divergence"]))
-    skipped = [check for check in validation["checks"] if check["status"] == "skipped"]
+    skipped = [
+        check
+        for check in validation["checks"]
+        if check["status"] == "skipped" and check["name"] not in ONLY_WHEN_ASKED
+    ]
     return "\n".join(
         [
             *_perplexity_table(report),

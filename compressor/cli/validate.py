@@ -38,7 +38,7 @@ def command(
     overrides: dict[str, Any],
     report_path: str | None,
     as_json: bool,
-    verbose: bool,
+    verbosity: int,
     quiet: bool,
     **choices: Any,
 ) -> int:
@@ -50,7 +50,7 @@ def command(
     from compressor.cli.signals import stop_at_once
     from compressor.cli.summary import summarise_validation
 
-    with open_session("validate", quiet=quiet, verbose=verbose) as session, stop_at_once():
+    with open_session("validate", quiet=quiet, verbosity=verbosity) as session, stop_at_once():
         from compressor.recipe import read_recipe
 
         recipe = read_recipe(None, overrides)

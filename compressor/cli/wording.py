@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 from compressor.progress import (
     BlockFinished,
     BlockProgress,
@@ -61,32 +58,46 @@ def _run_started(event: RunStarted) -> list[str]:
     )
     return [
         labelled(event.model, f"  {' · '.join(facts)}"),
-        labelled("plan", f"prune {event.pattern} by {event.pruner} · recovery {event.recovery}"),
+        labelled("plan", f"prune {_share(event.pattern)} by {event.pruner} · recovery {event.recovery}"),
     ]
+
+
+def _share(pattern: str) -> str:
+    """``50 %`` for ``0.5``; ``2:4`` as it is."""
+    try:
+        return f"{100 * float(pattern):g} %"
+    except ValueError:
+        return pattern
 
 
 def block_line(event: BlockFinished) -> str:
     """``7/16  loss 0.0412 → 0.0087 (best at step 290 of 320)  11.0 s``."""
-    losses = f"loss {number(event.loss_before)} → {number(event.loss_after)}"
-    best = f" (best at step {event.best_step} of {event.steps})" if event.steps else ""
-    return f"{event.index + 1}/{event.total}  {losses}{best}  {duration(event.elapsed_s)}"
+    parts = (f"{event.index + 1}/{event.total}", losses_of(event), duration(event.elapsed_s))
+    return "  ".join(part for part in parts if part)
+
+
+def losses_of(event: BlockFinished) -> str:
+    """``loss 0.0412 → 0.0087 (best at step 290 of 320)``; "" when nothing was repaired."""
+    if not event.steps:
+        return ""
+    best = f"(best at step {event.best_step} of {event.steps})"
+    return f"loss {number(event.loss_before)} → {number(event.loss_after)} {best}"
 
 
 class Remaining:
-    """Time left, from the pace of the blocks so far."""
+    """Time left, from the mean time of the blocks so far."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._began: float | None = None
+    def __init__(self) -> None:
+        self._elapsed_s: list[float] = []
 
-    def after(self, done: float, total: int) -> str:
-        """``1 min 50 s left`` after ``done`` of ``total`` blocks, fractions counted; "" when unknown."""
-        now = self._clock()
-        if self._began is None:
-            self._began = now
-        if done <= 0 or done >= total or now <= self._began:
+    def after(self, event: BlockProgress | BlockFinished) -> str:
+        """``1 min 50 s left``, the present block's share counted; "" before the first block ends and at the end."""
+        if isinstance(event, BlockFinished):
+            self._elapsed_s.append(event.elapsed_s)
+        open_blocks = event.total - blocks_done(event)
+        if not self._elapsed_s or open_blocks <= 0:
             return ""
-        return f"{duration((now - self._began) / done * (total - done))} left"
+        return f"{duration(open_blocks * sum(self._elapsed_s) / len(self._elapsed_s))} left"
 
 
 def blocks_done(event: BlockProgress | BlockFinished) -> float:

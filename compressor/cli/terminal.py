@@ -1,8 +1,9 @@
-"""Colour, where a terminal shows it and nobody has asked for none."""
+"""What the streams can do: move a cursor, show colours, go away."""
 
 from __future__ import annotations
 
 import os
+import sys
 from typing import IO
 
 import click
@@ -32,3 +33,10 @@ def bold_green(text: str, stream: IO[str]) -> str:
 def bold_yellow(text: str, stream: IO[str]) -> str:
     """``text``, yellow where ``stream`` shows colours."""
     return _styled(text, stream, "yellow")
+
+
+def discard_stdout() -> None:
+    """Send what is still to be printed nowhere: the reader of stdout is gone (``| head``)."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
