@@ -6,7 +6,8 @@ import ctypes
 import gc
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -86,14 +87,17 @@ class Session:
         wanted = choose_provider(provider)
         model: str | bytes = str(path)
         options = _session_options(ort)
+        folder = path.absolute().parent if extra_outputs else Path.cwd()
         if extra_outputs:
             model = path.read_bytes() + _outputs_fragment(extra_outputs)
-            folder = str(path.resolve().parent)
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(folder)
+            )
         gc.collect()
         rss_before, started = psutil.Process().memory_info().rss, time.perf_counter()
         try:
-            self._session = ort.InferenceSession(model, options, providers=_provider_list(wanted))
+            with _current_folder(folder):
+                self._session = ort.InferenceSession(model, options, providers=_provider_list(wanted))
         except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
             raise _load_error(path, error) from error
         self.load_s = time.perf_counter() - started
@@ -196,7 +200,7 @@ def to_float32(value: Any) -> NDArray[np.float32]:
 
 def _session_options(ort: Any) -> Any:
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors; what fails is reported by its exception
+    options.log_severity_level = 4  # what fails is reported by its exception
     # Spinning threads take whole cores from whatever else runs on the machine.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
@@ -209,6 +213,17 @@ def _provider_list(name: str) -> list[Any]:
     # TF32 keeps 11 bits of each factor: parity would measure the card's rounding and not the file.
     options = {"use_tf32": "0"} if name == "CUDAExecutionProvider" else {}
     return [(name, options), "CPUExecutionProvider"]
+
+
+@contextmanager
+def _current_folder(folder: Path) -> Iterator[None]:
+    """Work in ``folder`` for a while: ONNX Runtime 1.20 looks there for the data of a model given as bytes."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _outputs_fragment(names: Sequence[str]) -> bytes:
