@@ -68,7 +68,8 @@ def compress(
     Args:
         model: A local Hugging Face folder or a hub id, safetensors only.
         out: A path that ends in ``.onnx``, or a folder.
-        recipe: All settings; None takes the built-in ``default``. Without a sparsity or pattern, 50 %.
+        recipe: All settings; None takes the built-in ``default``. Without a sparsity or pattern, 50 %. The report
+            holds the recipe as it was used, with window length and sparsity filled in.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``; blocks are pruned and repaired there.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Allow code that comes with the checkpoint; recorded in the report.
@@ -112,7 +113,7 @@ def compress(
         )
         source.close()
         measured = Measured(job.evaluation, passed.perplexities, _calibration_facts(job), passed)
-        delivery = Delivery(subject, staging, hf_folder, recipe, measure, progress)
+        delivery = Delivery(subject, staging, hf_folder, job.recipe, measure, progress)
         return delivery.deliver(
             measured,
             validate=validate,
@@ -195,7 +196,8 @@ def _plan(
         progress(Notice(message))
     progress(TextReady("calibration", text.spec, len(windows.ids), seqlen, len(windows.heldout)))
     progress(TextReady("evaluation", evaluation.text.spec, len(evaluation.ids), seqlen))
-    return _Job(source, recipe, pattern, ignore, text, windows, evaluation, device, tuple(notices))
+    used = _as_used(recipe, pattern, seqlen)
+    return _Job(source, used, pattern, ignore, text, windows, evaluation, device, tuple(notices))
 
 
 def _run_blocks(
