@@ -200,6 +200,15 @@ def _plan(
     return _Job(source, used, pattern, ignore, text, windows, evaluation, device, tuple(notices))
 
 
+def _as_used(recipe: Recipe, pattern: SparsityPattern, seqlen: int) -> Recipe:
+    """The recipe with what it left open filled in, as the report states it."""
+    pruning = recipe.pruning
+    if not pattern.is_n_m:
+        pruning = pruning.model_copy(update={"sparsity": pattern.sparsity})
+    calibration = recipe.calibration.model_copy(update={"seqlen": seqlen})
+    return recipe.model_copy(update={"pruning": pruning, "calibration": calibration})
+
+
 def _run_blocks(
     job: _Job, writer: CheckpointWriter, stop: Callable[[], bool], progress: Progress
 ) -> PassResult:
