@@ -31,6 +31,7 @@ WINDOW = 256  # tokens per training and evaluation window, and the model's max_p
 BATCH = 8  # windows per step
 WARMUP_STEPS = 100
 EVALUATE_EVERY = 200  # steps
+PROMPT = "The *continue* statement"  # of the sample on the card
 CARD = Path(__file__).with_name("tiny_llm_card.md")
 
 
@@ -259,6 +260,7 @@ def write_card(folder: Path, command: str, figures: Figures, generated: str) -> 
             evaluation_sha256=python_docs("evaluation").sha256,
             torch_version=torch.__version__,
             command=command,
+            prompt=PROMPT,
             sample=generated,
         ),
         encoding="utf-8",
@@ -317,7 +319,7 @@ def main(
         f"python examples/train_tiny_llm.py --out examples/tiny-llm --steps {steps} --threads {threads}"
         f" --seed {seed} --learning-rate {learning_rate:g} --weight-decay {weight_decay:g}"
     )
-    generated = sample(model, tokenizer, "Return the")
+    generated = sample(model, tokenizer, PROMPT)
     write_card(out, command, figures, generated)
     click.echo(
         f"evaluation perplexity {figures.evaluation_perplexity:.2f}, unigram {unigram:.1f}, written to {out}"

@@ -1,10 +1,9 @@
-"""The offline text source: its splits, its repeatability, and its refusal of a Python without documentation."""
+"""The offline text source: splits, repeatability, and refusal of a Python without documentation."""
 
 from __future__ import annotations
 
 import sys
 import sysconfig
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,20 +14,6 @@ from compressor.calibration.python_docs import Split, python_docs
 from compressor.errors import InputRefused
 
 SPLITS: tuple[Split, ...] = ("calibration", "evaluation", "train", "heldout")
-
-
-def forget_texts() -> None:
-    """Empty the in-process caches, so that the next call reads the files again."""
-    python_docs.cache_clear()
-    source._split_documents.cache_clear()
-
-
-@pytest.fixture
-def unread_texts() -> Iterator[None]:
-    """Empty the caches before a test that points the source elsewhere, and after it."""
-    forget_texts()
-    yield
-    forget_texts()
 
 
 def test_python_docs_evaluation_is_disjoint_from_the_rest() -> None:
@@ -46,12 +31,34 @@ def test_python_docs_train_and_heldout_make_up_calibration() -> None:
 
 
 def test_python_docs_split_follows_the_modules_name() -> None:
-    """Evaluation text comes from the modules whose hash says so, and none of their text is calibrated on."""
+    """Evaluation text comes from the modules whose hash says so, and none of their documents is calibrated on."""
     root = Path(sysconfig.get_paths()["stdlib"])
     named = [*source._topics(root), *source._docstrings(root)]
     reserved = {text for module, text in named if int(sha256(module.encode()).hexdigest(), 16) % 100 < 10}
-    assert reserved == set(python_docs("evaluation").documents)
     assert reserved.isdisjoint(python_docs("calibration").documents)
+    lines = {line.strip() for text in reserved for line in text.splitlines()}
+    evaluation = python_docs("evaluation").documents
+    assert all(line.strip() in lines for text in evaluation for line in text.splitlines())
+
+
+def test_python_docs_evaluation_quotes_no_calibration_paragraph() -> None:
+    """No paragraph of 60 characters or more stands in both evaluation and calibration text."""
+
+    def long_paragraphs(split: Split) -> set[str]:
+        blocks = "\n\n".join(python_docs(split).documents).replace("\t", " ").split("\n\n")
+        return {text for text in (" ".join(block.split()) for block in blocks) if len(text) >= 60}
+
+    assert len(long_paragraphs("evaluation")) > 100
+    assert long_paragraphs("evaluation").isdisjoint(long_paragraphs("calibration"))
+
+
+def test_python_docs_cuts_quotations_only() -> None:
+    """A long paragraph that occurs elsewhere goes, whatever its indentation; short and own ones stay as written."""
+    long = "A paragraph that is long enough to count as a quotation of another text."
+    documents = [f"Own words.\n\n  {long}\n\n  More own words.", "Return it unchanged.", long]
+    others = [long, "Return it unchanged."]
+    kept = source._without_quotations(documents, others)
+    assert kept == ["Own words.\n\n  More own words.", "Return it unchanged."]
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -62,13 +69,12 @@ def test_python_docs_documents_are_distinct_and_long_enough(split: Split) -> Non
     assert sum(map(len, documents)) > 40_000
 
 
-def test_python_docs_repeats_itself(unread_texts: None) -> None:
-    """Reading the files a second time gives the same documents in the same order."""
-    first = python_docs("evaluation")
-    forget_texts()
-    second = python_docs("evaluation")
-    assert first is not second
-    assert first == second
+def test_python_docs_repeats_itself_and_imports_nothing() -> None:
+    """Reading the files anew gives the same documents in the same order, and imports no module."""
+    first = {split: list(python_docs(split).documents) for split in SPLITS}
+    before = set(sys.modules)
+    assert source._split_documents.__wrapped__() == first
+    assert set(sys.modules) == before
 
 
 def test_python_docs_hash_tells_splits_apart() -> None:
@@ -76,14 +82,6 @@ def test_python_docs_hash_tells_splits_apart() -> None:
     digests = {python_docs(split).sha256 for split in SPLITS}
     assert len(digests) == len(SPLITS)
     assert all(len(digest) == 64 for digest in digests)
-
-
-def test_python_docs_imports_nothing(unread_texts: None) -> None:
-    """The library's modules are read as text: reading them imports none."""
-    sysconfig.get_paths()  # imports the build's own configuration
-    before = set(sys.modules)
-    python_docs("evaluation")
-    assert set(sys.modules) == before
 
 
 def test_python_docs_reads_topics_and_docstrings() -> None:
@@ -114,21 +112,13 @@ def test_python_docs_finds_nested_docstrings_in_order(tmp_path: Path) -> None:
     assert list(source._docstrings_of(tree)) == ["first", "second", "third", "fourth"]
 
 
+@pytest.mark.parametrize("library", [".", "absent"])
 def test_python_docs_refuses_a_stripped_python(
-    unread_texts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A library without sources is refused with the text's error id and the folder's name."""
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    """A library that has no sources, or does not exist, is refused with the id and the folder's name."""
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / library)})
     with pytest.raises(InputRefused, match="found 0 in") as refusal:
-        python_docs("calibration")
+        source._split_documents.__wrapped__()
     assert refusal.value.error_id == "E-PYTHON-DOCS-MISSING"
     assert str(tmp_path) in refusal.value.message
-
-
-def test_python_docs_refuses_an_absent_library(
-    unread_texts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A library folder that does not exist is refused, not a traceback."""
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "absent")})
-    with pytest.raises(InputRefused, match="absent"):
-        python_docs("evaluation")
