@@ -152,7 +152,7 @@ def new_optimizers(
     """Return Muon for the blocks' matrices and AdamW, at half the rate, for the embedding and the norms.
 
     Muon (https://kellerjordan.github.io/posts/muon/) orthogonalises each update. At equal time it was far
-    ahead of AdamW alone: held-out perplexity 105 against 208 after 150 steps.
+    ahead of AdamW alone: held-out perplexity 105 against 208 after 150 steps of 16 windows.
     """
     inside = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name]
     outside = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed_tokens" in name]

@@ -39,7 +39,7 @@ MIN_DOCUMENT_CHARS = 16
 # A complete Python gives about 2 million; one stripped of sources or docstrings gives next to none.
 MIN_CORPUS_CHARS = 400_000
 
-# Topics quote one another: 17 % of the evaluation modules' text stands word for word elsewhere too. Shorter
+# Topics quote one another: 18 % of the evaluation modules' text stands word for word elsewhere too. Shorter
 # paragraphs, "Return True if successful.", are a phrase of the language rather than a quotation.
 MIN_QUOTATION_CHARS = 60
 PARAGRAPH_BREAK = re.compile(r"\n(?:[ \t]*\n)+")
