@@ -52,6 +52,15 @@ def test_session_refuses_what_onnx_runtime_cannot_load(tmp_path: Path) -> None:
         assert (caught.value.error_id, caught.value.exit_code) == ("E-ORT-LOAD", 3)
 
 
+def test_session_refuses_names_that_are_not_text(tmp_path: Path) -> None:
+    """ONNX Runtime loads an axis name of any bytes; Python cannot read it."""
+    model = write_export(tmp_path).model_path
+    model.write_bytes(model.read_bytes().replace(b"sequence", b"sequ\xefnce"))
+    with pytest.raises(ValidationError, match=r"toy\.onnx") as caught:
+        Session(model, "cpu")
+    assert caught.value.error_id == "E-ORT-LOAD"
+
+
 def test_provider_names_may_be_short() -> None:
     """ "cpu", "CPU" and the full name mean the same; auto finds one that works."""
     assert {choose_provider(name) for name in ("cpu", "CPU", "CPUExecutionProvider")} == {

@@ -107,8 +107,11 @@ class Session:
         if self.provider != wanted and provider != "auto":
             raise _unavailable(wanted, f"ONNX Runtime fell back to {self.provider}")
         self.notices = installation_notices()
-        self.inputs = {port.name: _port(port) for port in self._session.get_inputs()}
-        self.outputs = {port.name: _port(port) for port in self._session.get_outputs()}
+        try:
+            self.inputs = {port.name: _port(port) for port in self._session.get_inputs()}
+            self.outputs = {port.name: _port(port) for port in self._session.get_outputs()}
+        except UnicodeDecodeError as error:  # ONNX Runtime loads names of any bytes
+            raise _load_error(path, error) from error
         self._ort = ort
 
     def value(self, array: Array, port: Port) -> Any:
