@@ -50,9 +50,7 @@ class PruningRecipe(_Section):
 class LearningRateProbe(_Section):
     """Short trials on held-out windows of the first blocks that choose the learning rate."""
 
-    candidates: tuple[Positive, ...] = Field(
-        default=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), min_length=1
-    )
+    candidates: tuple[Positive, ...] = Field(default=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), min_length=1)
     blocks: Count = 2
     epochs: Count = 2
 
@@ -176,6 +174,18 @@ def read_recipe(source: str | Path | None, overrides: Mapping[str, Any] | None =
     for key, value in overrides.items():
         _set_dotted(tree, key, value)
     return parse_recipe(tree, str(source or "default"), overrides)
+
+
+def read_overrides(overrides: Mapping[str, Any]) -> Recipe:
+    """The defaults with dotted overrides on top; each section knows which of its keys were set.
+
+    Raises:
+        UsageError: A key is unknown or a value is out of range.
+    """
+    tree: dict[str, Any] = {}
+    for key, value in overrides.items():
+        _set_dotted(tree, key, value)
+    return parse_recipe(tree, given=overrides)
 
 
 def parse_recipe(tree: Mapping[str, Any], origin: str = "recipe", given: Collection[str] = ()) -> Recipe:

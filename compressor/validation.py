@@ -85,8 +85,8 @@ def validate_export(
         path: The ``.onnx`` file, or a folder that holds ``model.onnx``.
         reference: Folder of the PyTorch model; None takes the sibling ``.hf`` folder, if there is one.
         dense: The model before pruning, a folder or hub id; its perplexity is measured on the same windows.
-        evaluation: The text; None takes the one that the sibling report names if its hash still matches, else
-            ``python-docs``.
+        evaluation: The text. Where it sets no source, that is the one which the sibling report names if its
+            hash still matches, else ``python-docs``.
         gates: Limits; None takes the defaults.
         require: Names of checks that fail when they cannot be made.
         structure_only: Judge the file by itself.
@@ -230,16 +230,17 @@ def _windows(
     protocol = recorded.perplexity.protocol if recorded is not None else None
     if protocol is not None:
         seqlen = protocol.window
-    if asked is not None:
+    given = {} if asked is None else asked.model_dump(include=asked.model_fields_set)
+    if asked is not None and "source" in given:
         return evaluation_of(asked, tokenizer, seqlen)
     if recorded is not None and protocol is not None:
         settings = (recorded.recipe or {}).get("evaluation", {})
-        told = {**settings, "source": protocol.source, "max_windows": protocol.windows}
+        told = {**settings, "source": protocol.source, "max_windows": protocol.windows, **given}
         recipe = parse_recipe({"evaluation": told}, origin=plan.report_json.name).evaluation
         found = _same_text(recipe, tokenizer, seqlen, protocol.sha256, note)
         if found is not None:
             return found
-    windows = evaluation_of(EvaluationRecipe(), tokenizer, seqlen)
+    windows = evaluation_of(EvaluationRecipe(**given), tokenizer, seqlen)
     note("the evaluation text is python-docs")
     return windows
 

@@ -12,7 +12,7 @@ from cli_fakes import Terminal
 from report_samples import sample_report
 
 from compressor import validation
-from compressor.recipe import read_recipe
+from compressor.recipe import EvaluationRecipe
 from compressor.run.output import name_output
 from compressor.validation import ValidationOutcome
 from validators.checks import CHECK_NAMES, Check, ValidationReport, skipped
@@ -127,16 +127,14 @@ def test_cli_validate_passes_its_options_on(terminal: Terminal, validator: Any, 
     )
     more = "--structure-only --provider cuda --require masks --trust-remote-code"
     assert terminal.run("validate", onnx, *arguments.split(), *more.split()).code == 0
-    recipe = read_recipe(
-        None, {"evaluation.source": "t.txt", "evaluation.split": "test", "evaluation.max_windows": 2}
-    )
+    evaluation = EvaluationRecipe(source="t.txt", split="test", max_windows=2)
     call = calls[0]
     del call["progress"]
     gates = call.pop("gates")
     assert gates.max_ppl_increase == 0.15
     assert call == {
         "path": str(onnx),
-        "evaluation": recipe.evaluation,
+        "evaluation": evaluation,
         "reference": "r",
         "dense": "d",
         "structure_only": True,
@@ -145,7 +143,7 @@ def test_cli_validate_passes_its_options_on(terminal: Terminal, validator: Any, 
         "trust_remote_code": True,
     }
     terminal.run("validate", onnx)
-    assert calls[1]["evaluation"] is None
+    assert calls[1]["evaluation"].model_fields_set == set()
 
 
 def test_cli_validate_json_is_the_report_document(terminal: Terminal, validator: Any, onnx: Path) -> None:

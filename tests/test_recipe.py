@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from compressor.errors import UsageError
-from compressor.recipe import Recipe, built_in_recipes, parse_recipe, read_recipe, recipe_keys
+from compressor.recipe import Recipe, built_in_recipes, parse_recipe, read_overrides, read_recipe, recipe_keys
 
 
 def refusal(tree: dict[Any, Any]) -> UsageError:
@@ -77,6 +77,13 @@ def test_recipe_override_of_pattern_clears_the_files_sparsity(tmp_path: Path) ->
     path.write_text("pruning: {pattern: '2:4'}\n")
     pruning = read_recipe(path, {"pruning.sparsity": 0.5}).pruning
     assert (pruning.sparsity, pruning.pattern) == (0.5, None)
+
+
+def test_recipe_overrides_alone_know_what_was_set() -> None:
+    """Without a file the sections tell a key that was set from one that has its default."""
+    evaluation = read_overrides({"evaluation.max_windows": 3}).evaluation
+    assert evaluation.model_fields_set == {"max_windows"}
+    assert evaluation.source == "python-docs"
 
 
 def test_recipe_number_as_text_is_a_number() -> None:

@@ -77,7 +77,10 @@ def open_session(command: str, *, quiet: bool, verbosity: int) -> Iterator[Sessi
     check_packages()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    with _display(quiet=quiet, every_block=verbosity > 0) as display, _logging(command, 0 if quiet else verbosity):
+    with (
+        _display(quiet=quiet, every_block=verbosity > 0) as display,
+        _logging(command, 0 if quiet else verbosity),
+    ):
         yield Session(display)
 
 

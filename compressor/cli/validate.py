@@ -51,19 +51,16 @@ def command(
     from compressor.cli.summary import summarise_validation
 
     with open_session("validate", quiet=quiet, verbosity=verbosity) as session, stop_at_once():
-        from compressor.recipe import read_recipe
+        from compressor.recipe import read_overrides
 
-        recipe = read_recipe(None, overrides)
-        text_given = any(key.startswith("evaluation.") for key in overrides)
+        recipe = read_overrides(overrides)
         from compressor.validation import validate_export
         from compressor.validation_report import publish_report, report_paths, validation_document
 
         places = None if report_path is None else report_paths(report_path)
         outcome = validate_export(
             path,
-            evaluation=recipe.evaluation
-            if text_given
-            else None,  # None: the text that the run's report names
+            evaluation=recipe.evaluation,
             gates=recipe.gates,
             progress=session.progress,
             **choices,
