@@ -14,7 +14,7 @@ import numpy as np
 
 from compressor.errors import InputRefused, ReportedError, UsageError
 from compressor.evaluation import Evaluation, evaluation_of, window_length
-from compressor.models.checkpoint import open_checkpoint
+from compressor.models.checkpoint import open_checkpoint, open_tokenizer
 from compressor.models.source import max_seqlen
 from compressor.progress import Notice, Progress, StageStarted, TextReady, silent
 from compressor.recipe import EvaluationRecipe, GatesRecipe, parse_recipe
@@ -225,8 +225,8 @@ def _windows(
     if folder is None:
         note("no model folder is at hand, so there is no tokenizer: parity and perplexity are not measured")
         return None
-    checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
-    tokenizer, seqlen = checkpoint.load_tokenizer(), window_length(max_seqlen(checkpoint.config))
+    tokenizer, config = open_tokenizer(folder, trust_remote_code=trust_remote_code)
+    seqlen = window_length(max_seqlen(config))
     protocol = recorded.perplexity.protocol if recorded is not None else None
     if protocol is not None:
         seqlen = protocol.window

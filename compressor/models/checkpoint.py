@@ -20,7 +20,7 @@ from compressor.models.quiet import quiet_transformers
 from compressor.models.registry import Architecture, architecture_of
 from compressor.models.weight_files import WeightFiles, find_weight_files
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint", "open_tokenizer"]
 
 # What belongs to the text side and the terms of a model, and is copied beside the sparse one byte by byte.
 _TOKENIZER_FILES = (
@@ -91,21 +91,7 @@ class Checkpoint:
         Raises:
             InputRefused: E-TOKENIZER-NOT-FOUND: there is none, or it cannot be read.
         """
-        from transformers import AutoTokenizer
-
-        _refuse_unsafe_tokenizer(self.folder)
-        try:
-            with quiet_transformers():
-                tokenizer = AutoTokenizer.from_pretrained(
-                    self.folder, local_files_only=True, trust_remote_code=self.trust_remote_code
-                )
-                return _with_end_of_text(tokenizer, self.settings.get("eos_token_id"))
-        except Exception as error:  # a damaged tokenizer raises whatever its parser raises
-            raise InputRefused(
-                "E-TOKENIZER-NOT-FOUND",
-                f"{self.name} has no tokenizer that can be read: {first_line(error)}",
-                "add tokenizer.json and tokenizer_config.json to the model's folder",
-            ) from None
+        return _load_tokenizer(self.folder, self.name, self.settings, self.trust_remote_code)
 
 
 def open_checkpoint(
@@ -148,6 +134,18 @@ def open_checkpoint(
         trust_remote_code=trust_remote_code,
         notices=tuple(_notices(folder, settings, config, architecture)),
     )
+
+
+def open_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Tokenizer and config of a model's folder that may be without weights, as an exported one is.
+
+    Raises:
+        InputRefused: E-MODEL-UNSUPPORTED, E-CONFIG-SYNTAX, E-CONFIG-UNSAFE, E-CONFIG-SIZE, E-CONFIG-INVALID,
+            E-TOKENIZER-NOT-FOUND and the like, as ``open_checkpoint`` and ``Checkpoint.load_tokenizer`` say.
+    """
+    settings = read_settings(folder / "config.json")
+    config = _load_config(folder, settings, _architecture(folder, settings, trust_remote_code))
+    return _load_tokenizer(folder, folder.resolve().name, settings, trust_remote_code), config
 
 
 def _locate(model: str | Path, revision: str | None, code: bool) -> tuple[Path, str, str | None]:
@@ -291,6 +289,24 @@ def _notices(
             for token in ids if isinstance(ids, list) else [ids]:
                 if isinstance(token, int) and not 0 <= token < config.vocab_size:
                     yield f"{name}: {key} {token} is beyond the {config.vocab_size} rows of the embedding"
+
+
+def _load_tokenizer(folder: Path, name: str, settings: Mapping[str, Any], trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    _refuse_unsafe_tokenizer(folder)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+            return _with_end_of_text(tokenizer, settings.get("eos_token_id"))
+    except Exception as error:  # a damaged tokenizer raises whatever its parser raises
+        raise InputRefused(
+            "E-TOKENIZER-NOT-FOUND",
+            f"{name} has no tokenizer that can be read: {first_line(error)}",
+            "add tokenizer.json and tokenizer_config.json to the model's folder",
+        ) from None
 
 
 def _with_end_of_text(tokenizer: Any, eos: Any) -> Any:
