@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
 from importlib import metadata
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,6 @@ from cli_fakes import Terminal
 
 import compressor
 from compressor.cli import COMMANDS, packages
-from compressor.cli.packages import check_packages
-from compressor.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "numpy", "pydantic", "rich", "datasets", "yaml"}
@@ -117,33 +113,33 @@ def test_cli_api_names_are_lazy() -> None:
         compressor.nothing_of_the_kind  # noqa: B018 - the access is the test
 
 
-def test_packages_from_one_place_are_fine() -> None:
+def test_packages_of_the_project_are_fine() -> None:
     """The project itself passes its check."""
-    check_packages()
+    assert packages.misplaced_package() is None
+    assert packages.overwritten_package() is None
 
 
-def test_packages_found_elsewhere_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Another distribution's package of the same name that comes first on the path is refused, exit 2."""
-    real = importlib.util.find_spec
-
-    def find_spec(name: str) -> ModuleSpec | None:
-        if name != "validators":
-            return real(name)
-        spec = ModuleSpec(name, None, is_package=True)
-        spec.submodule_search_locations = [str(tmp_path)]
-        return spec
-
-    monkeypatch.setattr(packages.importlib.util, "find_spec", find_spec)
-    with pytest.raises(UsageError) as refused:
-        check_packages()
-    assert (refused.value.error_id, refused.value.exit_code) == ("E-PACKAGE-SHADOWED", 2)
-    assert refused.value.message == (
-        f"the package validators of blockpress is found at {tmp_path}, not at {ROOT / 'validators'}"
-    )
+def test_packages_hidden_by_another_are_named(tmp_path: Path) -> None:
+    """A package of the same name that comes first on the path is named, exit 2, before any of it is loaded."""
+    (tmp_path / "exporters").mkdir()
+    (tmp_path / "exporters" / "__init__.py").write_text("raise SystemExit('loaded')")
+    paths = [str(tmp_path), str(ROOT)]
+    code = f"import sys; sys.path[:0] = {paths}; from compressor.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
+    message = "the package exporters of blockpress is hidden or overwritten by another distribution"
+    remedy = "install blockpress into an environment of its own, without exporters"
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == [f"E-PACKAGE-SHADOWED  {message}", f"  do this: {remedy}"]
+    ended = subprocess.run([*command, "run", "--json"], capture_output=True, text=True, check=False)
+    error = {"id": "E-PACKAGE-SHADOWED", "message": message, "remedy": remedy, "exit_code": 2}
+    assert json.loads(ended.stdout) == {"error": error}
 
 
 @pytest.mark.parametrize("overwritten", [True, False])
-def test_packages_overwritten_in_place_are_named(monkeypatch: pytest.MonkeyPatch, overwritten: bool) -> None:
+def test_packages_overwritten_in_place_are_named(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overwritten: bool
+) -> None:
     """An ``__init__.py`` that differs from what the installer recorded belongs to someone else."""
 
     class Recorded(metadata.PackagePath):
@@ -163,12 +159,7 @@ def test_packages_overwritten_in_place_are_named(monkeypatch: pytest.MonkeyPatch
 
         files = (path,)
 
-    monkeypatch.setattr(packages.metadata, "distribution", lambda _: Installed)
-    if not overwritten:
-        check_packages()
-        return
-    with pytest.raises(UsageError) as refused:
-        check_packages()
-    assert (
-        refused.value.message == "the package exporters of blockpress was overwritten by another distribution"
-    )
+    monkeypatch.setattr(metadata, "distribution", lambda _: Installed)
+    ended = terminal.run("inspect", tmp_path / "no.onnx")
+    assert ended.err.startswith("E-PACKAGE-SHADOWED  the package exporters" if overwritten else "E-ONNX-")
+    assert ended.code == (2 if overwritten else 3)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 
 import click
 
-from compressor.cli.failures import describe_failure, print_failure
-from compressor.cli.terminal import discard_stdout
+from compressor.cli.packages import misplaced_package, shadowed_text
 
 COMMANDS = ("run", "validate", "export", "inspect")
 
@@ -75,6 +75,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")  # a terminal without the sign gets a question mark, not a crash
+    foreign = misplaced_package()
+    if foreign is not None:
+        _print_shadowed(foreign, as_json="--json" in tokens)
+        return 2
+    return _end(tokens)
+
+
+def _print_shadowed(package: str, *, as_json: bool) -> None:
+    """The error in the form of all others; ``failures`` cannot be loaded, as it needs the hidden package."""
+    error_id, message, remedy = shadowed_text(package)
+    if as_json:
+        print(json.dumps({"error": {"id": error_id, "message": message, "remedy": remedy, "exit_code": 2}}))
+    else:
+        print(f"{error_id}  {message}\n  do this: {remedy}", file=sys.stderr)
+
+
+def _end(tokens: list[str]) -> int:
+    """Run the command and turn whatever comes of it into an exit code."""
+    from compressor.cli.failures import describe_failure, print_failure
+    from compressor.cli.terminal import discard_stdout
+
     try:
         code = _invoke(tokens)
     except BrokenPipeError:

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from compressor.cli.displays import Display, LiveDisplay, NoDisplay, PlainDisplay
-from compressor.cli.packages import check_packages
+from compressor.cli.packages import overwritten_package, shadowed_text
 from compressor.cli.terminal import discard_stdout, is_terminal
 from compressor.cli.wording import describe
-from compressor.errors import ReportedError
+from compressor.errors import ReportedError, UsageError
 from compressor.progress import Event, Notice
 from compressor.run.logs import add_log_file
 
@@ -74,7 +74,9 @@ def open_session(command: str, *, quiet: bool, verbosity: int) -> Iterator[Sessi
     Raises:
         UsageError: The installation is damaged.
     """
-    check_packages()
+    foreign = overwritten_package()
+    if foreign is not None:
+        raise UsageError(*shadowed_text(foreign))
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     with (
