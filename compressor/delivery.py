@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,12 +14,12 @@ from compressor.block_pass import PassResult
 from compressor.evaluation import Evaluation
 from compressor.models.export_view import export_parts
 from compressor.models.writer import MASKS_NAME
+from compressor.opening import Subject
 from compressor.progress import Progress, StageStarted
 from compressor.recipe import Recipe
 from compressor.report.html import write_report
 from compressor.report.schema import (
     CalibrationFacts,
-    ModelFacts,
     PeakMemory,
     PerplexityFacts,
     Report,
@@ -31,7 +31,9 @@ from compressor.reporting import (
     bytes_by_encoding,
     installed_versions,
     learning_rate_facts,
+    load_facts,
     manifest_facts,
+    stage_seconds,
     validation_facts,
     weight_rows,
 )
@@ -64,33 +66,6 @@ class CompressionResult:
     report_path: Path
     html_path: Path
     passed: bool | None
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model that goes out, and what is known of where it came from.
-
-    Attributes:
-        command: Which command made it.
-        facts: The model that went in.
-        blocks_name: Path of its decoder blocks, such as ``model.layers``.
-        source_bytes: Bytes of its weight files.
-        pattern: N:M as text, None for unstructured or no pruning.
-        target_sparsity: What pruning aimed at; None where nothing was pruned here.
-        dtype: Type of the exported weights.
-        device: Where it was made.
-        trust_remote_code: Whether code that came with the checkpoint was allowed.
-    """
-
-    command: Literal["run", "export"]
-    facts: ModelFacts
-    blocks_name: str
-    source_bytes: int
-    pattern: str | None
-    target_sparsity: float | None
-    dtype: torch.dtype
-    device: torch.device
-    trust_remote_code: bool
 
 
 @dataclass(frozen=True)
@@ -172,7 +147,7 @@ class Delivery:
             files=hash_files(self._plan.folder, self._model_files()),
             tensors=tensors,
             block_outputs=tuple(graph.block_outputs),
-            pattern=self._subject.pattern,
+            pattern=self._subject.n_m,
             sparsity=self._subject.target_sparsity,
             ignored=self._recipe.pruning.ignore,
         )
@@ -190,7 +165,7 @@ class Delivery:
             "blockpress.sparsity": ""
             if self._subject.target_sparsity is None
             else f"{self._subject.target_sparsity:g}",
-            "blockpress.pattern": self._subject.pattern or "",
+            "blockpress.pattern": self._subject.n_m or "",
         }
 
     def _copy_model_files(self) -> None:
@@ -240,7 +215,7 @@ class Delivery:
             sparsity=SparsityFacts(
                 target=subject.target_sparsity,
                 measured=1 - kept / total if total else 0.0,
-                pattern=subject.pattern,
+                pattern=subject.n_m,
             ),
             perplexity=PerplexityFacts(
                 dense=measured.perplexities.get("dense"),
@@ -264,14 +239,9 @@ class Delivery:
             recipe=self._recipe.model_dump(mode="json"),
             device=str(subject.device),
             versions=installed_versions(),
-            timings={**self._measure.timings, **_prefixed("validate: ", validation)},
+            load=load_facts(manifest, validation),
+            timings={**self._measure.timings, **stage_seconds(validation)},
             peak_memory_bytes=PeakMemory(host=peak_host_bytes(), device=peak_device_bytes()),
             manifest=manifest_facts(manifest),
             notices=tuple(self._notices),
         )
-
-
-def _prefixed(prefix: str, validation: ValidationReport | None) -> dict[str, float]:
-    return (
-        {} if validation is None else {f"{prefix}{name}": value for name, value in validation.timings.items()}
-    )

@@ -8,15 +8,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from compressor.delivery import CompressionResult, Delivery, Measured, Subject
-from compressor.devices import dtype_name, export_dtype, resolve_device
+from compressor.delivery import CompressionResult, Delivery, Measured
+from compressor.devices import dtype_name
 from compressor.evaluation import Evaluation, evaluation_of, window_length
-from compressor.models.checkpoint import open_checkpoint
 from compressor.models.linears import IgnoreRules, prunable_matrices
-from compressor.models.source import BlockSource, open_source
 from compressor.models.writer import CheckpointWriter
+from compressor.opening import OpenModel, open_model
 from compressor.perplexities import PerplexityStreams
-from compressor.pipeline import model_facts
 from compressor.progress import Progress, StageStarted, TextReady, silent
 from compressor.recipe import Recipe, read_recipe
 from compressor.run.measure import Measure
@@ -58,33 +56,27 @@ def export(
         hf_folder = staging.plan.hf or staging.scratch / "hf"
         with measure.stage("open"):
             progress(StageStarted("open", str(model)))
-            where = resolve_device(device)
-            checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
-            dtype = export_dtype(recipe.export.dtype, checkpoint.dtype)
-            source = open_source(checkpoint, where, stored_dtype=dtype)
+            opened = open_model(
+                model,
+                dtype=recipe.export.dtype,
+                device=device,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
+            source = opened.source
             seqlen = window_length(source.max_seqlen, recipe.calibration.seqlen)
-            tokenizer = checkpoint.load_tokenizer()
+            tokenizer = opened.checkpoint.load_tokenizer()
             evaluation = evaluation_of(recipe.evaluation, tokenizer, seqlen, vocab_rows=source.vocab_size)
             progress(TextReady("evaluation", evaluation.text.spec, len(evaluation.ids), seqlen))
         with measure.stage("blocks"):
-            progress(StageStarted("blocks", f"{source.num_blocks} blocks, {dtype_name(dtype)}"))
-            perplexity = _copy_blocks(source, evaluation, CheckpointWriter(hf_folder, source, dtype), where)
-        subject = Subject(
-            command="export",
-            facts=model_facts(source, dtype),
-            blocks_name=source.blocks_name,
-            source_bytes=checkpoint.source_bytes,
-            pattern=None,
-            target_sparsity=None,
-            dtype=dtype,
-            device=where,
-            trust_remote_code=trust_remote_code,
-        )
+            progress(StageStarted("blocks", f"{source.num_blocks} blocks, {dtype_name(opened.dtype)}"))
+            perplexity = _copy_blocks(opened, evaluation, CheckpointWriter(hf_folder, source, opened.dtype))
+        subject = opened.subject("export", None)
         source.close()
         delivery = Delivery(subject, staging, hf_folder, recipe, measure, progress)
         measured = Measured(evaluation, {"recovered": perplexity})
         return delivery.deliver(
-            measured, validate=validate, provider=provider, require=require, notices=checkpoint.notices
+            measured, validate=validate, provider=provider, require=require, notices=opened.checkpoint.notices
         )
 
 
@@ -100,11 +92,10 @@ def found_masks(block: nn.Module, name: str) -> dict[str, Mask]:
     return masks
 
 
-def _copy_blocks(
-    source: BlockSource, evaluation: Evaluation, writer: CheckpointWriter, device: torch.device
-) -> float:
+def _copy_blocks(opened: OpenModel, evaluation: Evaluation, writer: CheckpointWriter) -> float:
     """Commit every block as it is, rounded to the exported type; perplexity of what was committed."""
-    streams = PerplexityStreams(source, torch.from_numpy(evaluation.ids), device, ("recovered",))
+    source = opened.source
+    streams = PerplexityStreams(source, torch.from_numpy(evaluation.ids), opened.device, ("recovered",))
     for index in range(source.num_blocks):
         block = source.load_block(index)
         writer.commit(index, block, found_masks(block, f"{source.blocks_name}.{index}"))

@@ -14,16 +14,16 @@ import torch
 from compressor.block_pass import BlockPass, PassResult, check_plan
 from compressor.calibration.text import TextSource, read_text
 from compressor.calibration.windows import Windows, calibration_windows
-from compressor.delivery import CompressionResult, Delivery, Measured, Subject
-from compressor.devices import dtype_name, export_dtype, resolve_device
+from compressor.delivery import CompressionResult, Delivery, Measured
+from compressor.devices import dtype_name
 from compressor.evaluation import Evaluation, evaluation_of, window_length
-from compressor.models.checkpoint import Checkpoint, open_checkpoint
 from compressor.models.linears import IgnoreRules
-from compressor.models.source import BlockSource, open_source
+from compressor.models.source import BlockSource
 from compressor.models.writer import CheckpointWriter
+from compressor.opening import OpenModel, open_model
 from compressor.progress import Notice, Progress, RunStarted, StageStarted, TextReady, silent
 from compressor.recipe import PruningRecipe, Recipe, read_recipe
-from compressor.report.schema import CalibrationFacts, ModelFacts
+from compressor.report.schema import CalibrationFacts
 from compressor.run.measure import Measure
 from compressor.run.output import reserve_output
 from compressor.run.publish import Staging
@@ -93,24 +93,18 @@ def compress(
         hf_folder = staging.plan.hf or staging.scratch / "hf"
         with measure.stage("open"):
             progress(StageStarted("open", str(model)))
-            where = resolve_device(device)
-            checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
-            dtype = export_dtype(recipe.export.dtype, checkpoint.dtype)
-            source = open_source(checkpoint, where, stored_dtype=dtype)
-            job = _plan(source, recipe, where, dtype, progress)
+            opened = open_model(
+                model,
+                dtype=recipe.export.dtype,
+                device=device,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
+            job = _plan(opened, recipe, progress)
+        source = opened.source
         with measure.stage("blocks"):
-            passed = _run_blocks(job, CheckpointWriter(hf_folder, source, dtype), stop, progress)
-        subject = Subject(
-            command="run",
-            facts=model_facts(source, dtype),
-            blocks_name=source.blocks_name,
-            source_bytes=checkpoint.source_bytes,
-            pattern=str(job.pattern) if job.pattern.is_n_m else None,
-            target_sparsity=job.pattern.sparsity,
-            dtype=dtype,
-            device=where,
-            trust_remote_code=trust_remote_code,
-        )
+            passed = _run_blocks(job, CheckpointWriter(hf_folder, source, opened.dtype), stop, progress)
+        subject = opened.subject("run", job.pattern)
         source.close()
         measured = Measured(job.evaluation, passed.perplexities, _calibration_facts(job), passed)
         delivery = Delivery(subject, staging, hf_folder, job.recipe, measure, progress)
@@ -134,28 +128,14 @@ def pattern_of(recipe: PruningRecipe) -> SparsityPattern:
     return SparsityPattern.unstructured(DEFAULT_SPARSITY if recipe.sparsity is None else recipe.sparsity)
 
 
-def model_facts(source: BlockSource, dtype: torch.dtype) -> ModelFacts:
-    """What the report says of the model that went in."""
-    checkpoint: Checkpoint = source.checkpoint
-    return ModelFacts(
-        name=checkpoint.name,
-        architecture=source.architecture.label,
-        revision=checkpoint.revision,
-        parameters=source.num_parameters,
-        checkpoint_dtype=dtype_name(checkpoint.dtype),
-        export_dtype=dtype_name(dtype),
-    )
-
-
-def _plan(
-    source: BlockSource, recipe: Recipe, device: torch.device, dtype: torch.dtype, progress: Progress
-) -> _Job:
+def _plan(opened: OpenModel, recipe: Recipe, progress: Progress) -> _Job:
     """Every check that can be made before the first block is touched, and the texts cut into windows."""
-    notices = list(source.checkpoint.notices)
+    source = opened.source
+    notices = list(opened.checkpoint.notices)
     pattern = pattern_of(recipe.pruning)
     ignore = IgnoreRules(recipe.pruning.ignore)
     prunable = check_plan(source, pattern, ignore)
-    tokenizer = source.checkpoint.load_tokenizer()
+    tokenizer = opened.checkpoint.load_tokenizer()
     asked = recipe.calibration.seqlen
     seqlen = window_length(source.max_seqlen, asked)
     if asked is not None and asked > seqlen:
@@ -180,13 +160,13 @@ def _plan(
     evaluation = evaluation_of(recipe.evaluation, tokenizer, seqlen, vocab_rows=source.vocab_size)
     progress(
         RunStarted(
-            model=source.checkpoint.name,
+            model=opened.checkpoint.name,
             architecture=source.architecture.label,
             num_blocks=source.num_blocks,
             prunable_weights=prunable,
-            checkpoint_dtype=dtype_name(source.checkpoint.dtype),
-            export_dtype=dtype_name(dtype),
-            device=str(device),
+            checkpoint_dtype=dtype_name(opened.checkpoint.dtype),
+            export_dtype=dtype_name(opened.dtype),
+            device=str(opened.device),
             pattern=str(pattern),
             pruner=recipe.pruning.method,
             recovery=recipe.recovery.method,
@@ -197,7 +177,7 @@ def _plan(
     progress(TextReady("calibration", text.spec, len(windows.ids), seqlen, len(windows.heldout)))
     progress(TextReady("evaluation", evaluation.text.spec, len(evaluation.ids), seqlen))
     used = _as_used(recipe, pattern, seqlen)
-    return _Job(source, used, pattern, ignore, text, windows, evaluation, device, tuple(notices))
+    return _Job(source, used, pattern, ignore, text, windows, evaluation, opened.device, tuple(notices))
 
 
 def _as_used(recipe: Recipe, pattern: SparsityPattern, seqlen: int) -> Recipe:

@@ -13,11 +13,13 @@ from compressor.report.schema import (
     EncodingBytes,
     FileRow,
     LearningRateFacts,
+    LoadFacts,
     ManifestFacts,
     ValidationFacts,
     WeightRow,
 )
 from compressor.sparsity import Mask
+from exporters.encoding import summarize
 from exporters.manifest import Manifest, TensorRow
 from validators.checks import ValidationReport
 
@@ -121,3 +123,20 @@ def weight_rows(
 def learning_rate_facts(passed: PassResult) -> LearningRateFacts | None:
     """The learning rate of the repair, None without one."""
     return None if passed.lr is None else LearningRateFacts(chosen=passed.lr, tried=passed.lr_tried)
+
+
+def load_facts(manifest: Manifest | None, report: ValidationReport | None) -> LoadFacts:
+    """What loading the file in ONNX Runtime costs; seconds and bytes only where the validator has loaded it."""
+    timings = {} if report is None else report.timings
+    resident = timings.get("load_rss_bytes")
+    return LoadFacts(
+        seconds=timings.get("load_s"),
+        resident_bytes=None if resident is None else int(resident),
+        note=None if manifest is None else summarize(manifest.tensors).load_note,
+    )
+
+
+def stage_seconds(report: ValidationReport | None) -> dict[str, float]:
+    """The validator's own stages in seconds, as parts of the stage ``validate``."""
+    timings = {} if report is None else report.timings
+    return {f"validate: {name[:-2]}": value for name, value in timings.items() if name.endswith("_s")}

@@ -15,7 +15,7 @@ from compressor.report.schema import (
     SizeFacts,
     SparsityFacts,
 )
-from compressor.reporting import installed_versions, validation_facts
+from compressor.reporting import installed_versions, load_facts, stage_seconds, validation_facts
 from compressor.validation import ValidationOutcome
 from validators.checks import PERPLEXITY_KEYS
 
@@ -35,7 +35,8 @@ def validation_document(outcome: ValidationOutcome) -> Report:
         validation=validation_facts(found),
         size=_size(outcome),
         versions=installed_versions(),
-        timings=dict(found.timings),
+        load=load_facts(None, found),
+        timings=stage_seconds(found),
         manifest=_manifest(outcome),
         notices=(*found.notices, *outcome.notices),
     )

@@ -14,6 +14,7 @@ from compressor.report.schema import (
     EncodingBytes,
     FileRow,
     LearningRateFacts,
+    LoadFacts,
     ManifestFacts,
     ModelFacts,
     PeakMemory,
@@ -170,6 +171,9 @@ def fields(num_blocks: int = 16) -> dict[str, Any]:
             protocol={"windows": 256, "window": 1024, "heldout": 16, "sampler": "joined", "seed": 0},
         ),
         "validation": ValidationFacts(passed=True, provider="CPUExecutionProvider", checks=check_rows()),
+        "load": LoadFacts(
+            seconds=1.25, resident_bytes=2**31, note="112 of 146 weights are sparse initializers."
+        ),
         "size": SizeFacts(
             source_bytes=2_471_645_608,
             dense_bytes=pruned_dense + 1_050_673_152,

@@ -17,6 +17,7 @@ from compressor.report.schema import (
     BlockRow,
     CheckRow,
     EncodingBytes,
+    LoadFacts,
     ModelFacts,
     PerplexityFacts,
     Report,
@@ -308,3 +309,10 @@ def test_report_is_written_as_json_and_page(tmp_path: Path) -> None:
 def test_report_sample_is_complete() -> None:
     """The sample fills every field, so that the tests above see all of the page."""
     assert set(fields()) | {"schema_version", "statement"} == set(Report.model_fields)
+
+
+def test_report_load_says_what_it_cost() -> None:
+    """The page tells seconds and memory of the load, and nothing where the file was not loaded."""
+    page = render_html(sample_report(4))
+    assert "Loaded by ONNX Runtime in 1.25 s, 2.00 GiB resident." in page
+    assert "Loaded by ONNX Runtime" not in render_html(sample_report(4, load=LoadFacts()))

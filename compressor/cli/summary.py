@@ -11,7 +11,7 @@ from typing import Any
 
 from compressor.cli.terminal import bold_green, bold_red, bold_yellow
 from compressor.cli.wording import labelled
-from compressor.report.units import MISSING, byte_size, number, percent
+from compressor.report.units import MISSING, byte_size, duration, number, percent
 
 VERSIONS = (
     ("dense", "dense"),
@@ -74,6 +74,7 @@ def summarise_output(report: Mapping[str, Any], out: Path, report_path: Path, *,
             *_check_lines(skipped),
             *ending,
             labelled("report", shown_path(report_path)),
+            *_load_lines(report),
             _size_sentence(report),
         ]
     )
@@ -172,6 +173,15 @@ def _verdict_line(report: Mapping[str, Any], out: Path) -> str:
         noun = "" if place else " check" if number_of == 1 else " checks"
         parts.append(f"{number_of}{noun} {status}")
     return f"{verdict(validation['passed'])}  {' · '.join(parts)}"
+
+
+def _load_lines(report: Mapping[str, Any]) -> list[str]:
+    """What loading the file cost ONNX Runtime, where it was loaded."""
+    load = report.get("load") or {}
+    if load.get("seconds") is None or load.get("resident_bytes") is None:
+        return []
+    cost = f"{duration(load['seconds'])}, {byte_size(load['resident_bytes'])} resident"
+    return [labelled("load", f"{cost} in ONNX Runtime")]
 
 
 def _size_sentence(report: Mapping[str, Any]) -> str:

@@ -54,6 +54,7 @@ def render_html(report: Report) -> str:
         drawings={name: Markup(drawn) if drawn else None for name, drawn in drawings.items()},
         checks=[(check, summary.CHECK_MEANINGS.get(check.name, "")) for check in report.validation.checks],
         protocol=summary.protocol(report),
+        load=summary.load(report),
         loss_summary=summary.loss_summary(report),
         sparsity_summary=summary.sparsity_summary(report),
         learning_rate=summary.learning_rate(report),

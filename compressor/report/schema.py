@@ -150,6 +150,14 @@ class SizeFacts(_Part):
     by_encoding: dict[str, EncodingBytes] = {}
 
 
+class LoadFacts(_Part):
+    """What loading the file in ONNX Runtime cost the validator: wall seconds, growth of resident memory."""
+
+    seconds: float | None = None
+    resident_bytes: int | None = None
+    note: str | None = None
+
+
 class WeightRow(_Part):
     """One pruned weight. ``name`` is unique in its block; ``name[3]`` is expert 3 of a fused parameter."""
 
@@ -217,6 +225,7 @@ class Report(_Part):
     calibration: CalibrationFacts | None = None
     validation: ValidationFacts = ValidationFacts()
     size: SizeFacts = SizeFacts()
+    load: LoadFacts = LoadFacts()
     weights: tuple[WeightRow, ...] = ()
     blocks: tuple[BlockRow, ...] = ()
     recovery: str | None = None

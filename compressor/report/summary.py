@@ -216,3 +216,15 @@ def sparsity_summary(report: Report) -> str | None:
         f"{units.number(len(weights))} pruned weights, from {low} (block {lowest.block}, {lowest.name}) "
         f"to {high} (block {highest.block}, {highest.name})."
     )
+
+
+def load(report: Report) -> str | None:
+    """What loading the file in ONNX Runtime cost, in one line."""
+    facts = report.load
+    parts = []
+    if facts.seconds is not None and facts.resident_bytes is not None:
+        taken, resident = units.duration(facts.seconds), units.byte_size(facts.resident_bytes)
+        parts.append(f"Loaded by ONNX Runtime in {taken}, {resident} resident.")
+    if facts.note:
+        parts.append(facts.note)
+    return " ".join(parts) or None
