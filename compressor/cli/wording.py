@@ -85,19 +85,19 @@ def losses_of(event: BlockFinished) -> str:
 
 
 class Remaining:
-    """Time left, from the mean time of the blocks so far."""
+    """Time left at the pace of the last block; the first ones also look for a learning rate."""
 
     def __init__(self) -> None:
-        self._elapsed_s: list[float] = []
+        self._elapsed_s: float | None = None
 
     def after(self, event: BlockProgress | BlockFinished) -> str:
         """``1 min 50 s left``, the present block's share counted; "" before the first block ends and at the end."""
         if isinstance(event, BlockFinished):
-            self._elapsed_s.append(event.elapsed_s)
+            self._elapsed_s = event.elapsed_s
         open_blocks = event.total - blocks_done(event)
-        if not self._elapsed_s or open_blocks <= 0:
+        if self._elapsed_s is None or open_blocks <= 0:
             return ""
-        return f"{duration(open_blocks * sum(self._elapsed_s) / len(self._elapsed_s))} left"
+        return f"{duration(open_blocks * self._elapsed_s)} left"
 
 
 def blocks_done(event: BlockProgress | BlockFinished) -> float:
