@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from workshop import Workshop
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded; the tests run side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,3 +23,11 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("BLOCKPRESS_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """A tiny model, its texts, and runs on it that are made when the first test asks for them."""
+    from workshop import open_workshop  # it imports torch, which most tests do without
+
+    return open_workshop(tmp_path_factory.mktemp("workshop"))
