@@ -188,7 +188,7 @@ USAGE = [
     (["--sparsity", "0.5", "--pattern", "2:4"], "E-SPARSITY-AND-PATTERN", "exclude each other"),
     *[(["--sparsity", text], "E-SPARSITY-RANGE", text) for text in ("0", "1", "-0.1", "1.1", "NaN", "50%")],
     (["--set", "pruning.sparsity=1.5"], "E-SPARSITY-RANGE", "1.5"),
-    (["--pattern", "2-4"], "E-RECIPE-VALUE", "pruning.pattern"),
+    (["--pattern", "2-4"], "E-PATTERN-SYNTAX", "2-4"),
     (["--epochs", "0"], "E-RECIPE-VALUE", "recovery.epochs"),
     (["--epochs", "two"], "E-USAGE", "'two' is not a valid integer"),
     (["--lr", "fast"], "E-USAGE", "'fast' is neither auto nor a number"),

@@ -142,7 +142,6 @@ VALUES = [
     ({"recovery": {"method": "magic"}}, "recovery.method: Input should be 'ebft' or 'none'; got 'magic'"),
     ({"pruning": "wanda"}, "pruning: "),
     ({"pruning": {"ignore": "lm_head"}}, "pruning.ignore: "),
-    ({"pruning": {"pattern": "2-4"}}, "pruning.pattern: "),
     ({"export": {"opset": 17}}, "export.opset: Input should be greater than or equal to 18; got 17"),
     ({"seed": -1}, "seed: "),
     ({"recovery": None}, "recovery: "),
@@ -202,3 +201,8 @@ def test_recipe_keys_reach_every_level() -> None:
     """Sections and the keys below them, down to the deepest."""
     keys = set(recipe_keys())
     assert {"seed", "recovery", "recovery.probe", "recovery.probe.candidates", "gates.min_sparsity"} <= keys
+
+
+def test_recipe_pattern_that_is_none_is_refused() -> None:
+    """A pattern is two numbers with a colon between them."""
+    assert refusal({"pruning": {"pattern": "2-4"}}).error_id == "E-PATTERN-SYNTAX"
