@@ -79,5 +79,14 @@ def window_length(limit: int, asked: int | None = None) -> int:
     """Tokens per window: what was asked for, else 2048, never more than the model's ``limit``.
 
     A limit of 131072 would ask for documents that no calibration text has, so the default is capped.
+
+    Raises:
+        InputRefused: The model has no room for two tokens, of which one is predicted from the other.
     """
+    if limit < 2:
+        raise InputRefused(
+            "E-CONFIG-SIZE",
+            f"config.json gives the model positions for {limit} token, a window needs 2",
+            "use another checkpoint",
+        )
     return min(DEFAULT_WINDOW if asked is None else asked, limit)

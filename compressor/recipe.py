@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -87,7 +88,7 @@ class CalibrationRecipe(_Section):
     split: str | None = None
     text_column: str | None = None
     num_samples: Count = 128
-    seqlen: Count | None = None  # None: min(2048, the model's limit)
+    seqlen: Annotated[Count, Field(ge=2)] | None = None  # None: min(2048, the model's limit)
     sampler: Literal["joined", "strict"] = (
         "joined"  # strict: documents longer than the window only, as published
     )
@@ -207,7 +208,7 @@ def parse_recipe(tree: Mapping[str, Any], origin: str = "recipe", given: Collect
 
 def _read_tree(source: str | Path) -> dict[str, Any]:
     path = Path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         known = built_in_recipes()
         if str(source) not in known:
             near = difflib.get_close_matches(str(source), known, n=1)
@@ -220,7 +221,7 @@ def _read_tree(source: str | Path) -> dict[str, Any]:
         path = known[str(source)]
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         first = " ".join(str(error).split())
         raise UsageError(
             "E-RECIPE-SYNTAX",
@@ -278,6 +279,12 @@ def _usage_error(error: ValidationError, origin: str, given: Collection[str] = (
             "E-SPARSITY-RANGE",
             f"{where}sparsity must be between 0 and 1, both excluded; got {first['input']}",
             "give a share such as 0.5 for 50 %",
+        )
+    if first["type"] == "string_pattern_mismatch" and key == "pruning.pattern":
+        return UsageError(
+            "E-PATTERN-SYNTAX",
+            f"{where}a pattern is N:M, two whole numbers; got {first['input']!r}",
+            "give a pattern such as 2:4",
         )
     if first["type"] == "value_error" and key == "pruning":
         return UsageError(

@@ -386,7 +386,7 @@ def recipe_overrides(
             )
         try:
             chosen[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that there is not
             raise UsageError(
                 "E-SET-SYNTAX", f"--set {key}: {value!r} is no plain value", "quote it"
             ) from None
