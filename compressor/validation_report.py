@@ -51,14 +51,14 @@ def report_paths(path: str | Path) -> tuple[Path, Path]:
     given = Path(path)
     bare = given.with_suffix("") if given.suffix in (".json", ".html") else given
     pair = bare.with_name(f"{bare.name}.json"), bare.with_name(f"{bare.name}.html")
-    if not given.parent.is_dir():
+    if not os.path.isdir(given.parent):  # Path.is_dir raises for a name that is too long
         raise OutputRefused(
             "E-OUTPUT-PARENT",
             f"the folder {given.parent} for the report does not exist",
             f"create it: mkdir -p {given.parent}",
         )
     for one in pair:
-        if one.is_dir():
+        if os.path.isdir(one):
             raise OutputRefused("E-OUTPUT-KIND", f"{one} is a folder", "give another --report")
     return pair
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -56,8 +57,8 @@ def read_dataset(request: DatasetRequest) -> DatasetText:
     """
     import datasets
 
-    folder = Path(request.source).expanduser()
-    if folder.is_dir() and any(folder.glob("*.py")):
+    folder = Path(os.path.expanduser(request.source))
+    if os.path.isdir(folder) and any(folder.glob("*.py")):
         raise _script(request.source)
     try:
         with _quiet():
@@ -87,11 +88,17 @@ def _as_text(request: DatasetRequest, documents: list[str], description: str) ->
 
 def _rows(datasets: Any, request: DatasetRequest) -> tuple[str, Any]:
     """The split's name and its rows."""
-    folder = Path(request.source).expanduser()
-    if folder.is_dir() and ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
+    folder = Path(os.path.expanduser(request.source))
+    if os.path.isdir(folder) and (
+        (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+    ):
         return _choose(request, datasets.load_from_disk(str(folder)))
-    source = str(folder) if folder.is_dir() else request.source
-    if not folder.is_dir() and (request.split is None or "[" not in request.split) and _is_large(request):
+    source = str(folder) if os.path.isdir(folder) else request.source
+    if (
+        not os.path.isdir(folder)
+        and (request.split is None or "[" not in request.split)
+        and _is_large(request)
+    ):
         split, rows = _choose(request, datasets.load_dataset(source, request.config, streaming=True))
         return f"{split}, first {_STREAMED_DOCUMENTS} rows", _Beginning(rows)
     if request.split is not None:
@@ -160,7 +167,7 @@ def _refusal(request: DatasetRequest, error: Exception) -> ReportedError:
         return UsageError("E-DATASET-CONFIG", f"{request.source}: {text[:300]}", "give --dataset-config")
     if re.search(r"Unknown split|should be one of", text):
         return UsageError("E-DATASET-SPLIT", f"{request.source}: {text[:200]}", "give --split")
-    if Path(request.source).expanduser().is_dir():
+    if os.path.isdir(Path(os.path.expanduser(request.source))):
         return InputRefused(
             "E-TEXT-NOT-FOUND",
             f"{request.source} is no dataset folder: {text[:200]}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -74,22 +75,22 @@ def read_text(
         HubError: The dataset cannot be fetched.
     """
     column = text_column or DEFAULT_COLUMN
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     kind: Kind = "documents"
     description = path.name
     if source == PYTHON_DOCS:
         corpus = python_docs(role)
         documents, description = list(corpus.documents), f"{corpus.version}, {role} part"
-    elif path.is_file():
+    elif os.path.isfile(path):  # Path.is_file raises for a name that is too long
         documents = _read_file(path, column)
         kind = "text" if path.suffix.lower() in _TEXT_SUFFIXES else "documents"
-    elif path.is_dir() or not _looks_like_path(source):
+    elif source and (os.path.isdir(path) or not _looks_like_path(source)):
         found = read_dataset(DatasetRequest(source, role, dataset_config, split, column))
         documents, kind, description = found.documents, found.kind, found.description
     else:
         raise InputRefused(
             "E-TEXT-NOT-FOUND",
-            f"there is no file {source}",
+            f"there is no file {source or 'without a name'}",
             f"give {PYTHON_DOCS}, a file, or a dataset of the hub",
         )
     if not any(document.strip() for document in documents):

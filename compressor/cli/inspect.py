@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def command(path: str, as_json: bool, verbosity: int, quiet: bool) -> int:
         from exporters.inspect import inspect_model
 
         file = Path(path)
-        inspection = inspect_model(file / "model.onnx" if file.is_dir() else file)
+        inspection = inspect_model(file / "model.onnx" if os.path.isdir(file) else file)
         if as_json:
             text = json.dumps(inspection.to_json(), indent=1, ensure_ascii=False)
         else:

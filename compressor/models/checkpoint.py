@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -150,10 +151,14 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> tuple[An
 
 def _locate(model: str | Path, revision: str | None, code: bool) -> tuple[Path, str, str | None]:
     """Folder, name and commit of a model."""
-    path = Path(model).expanduser()
-    if path.is_dir():
+    if not str(model):
+        raise InputRefused(
+            "E-MODEL-NOT-FOUND", "the model's name is empty", "give the folder of a model, or a hub id"
+        )
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         return path, path.resolve().name, None
-    if path.exists():
+    if os.path.exists(path):
         raise InputRefused(
             "E-MODEL-NOT-FOUND",
             f"{model} is a file, not the folder of a model",

@@ -158,7 +158,7 @@ def check_free(plan: OutputPlan) -> None:
     if plan.is_file:
         found = next((path for path in reversed(plan.products) if os.path.lexists(path)), None)
     else:
-        entries = plan.folder.iterdir() if plan.folder.is_dir() else iter(())
+        entries = plan.folder.iterdir() if os.path.isdir(plan.folder) else iter(())
         found = next((path for path in entries if path.name != STAGING_INSIDE), None)
     if found is not None:
         raise OutputRefused(
@@ -172,21 +172,20 @@ def check_free(plan: OutputPlan) -> None:
 
 def _check_place(plan: OutputPlan) -> None:
     parent = plan.target.parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):  # Path.is_dir raises for a name that is too long
         raise OutputRefused(
             "E-OUTPUT-PARENT",
             f"the folder {parent} for the output does not exist",
             f"create it: mkdir -p {parent}",
         )
-    if plan.is_file and plan.target.is_dir():
+    is_folder = os.path.isdir(plan.target)
+    if plan.is_file and is_folder:
         raise OutputRefused(
             "E-OUTPUT-KIND",
             f"{plan.target} is a folder, and a path ending in .onnx names a file",
             "give another --out, or remove that folder",
         )
-    if os.path.lexists(plan.target) and not (
-        plan.target.is_dir() or (plan.is_file and _replaceable(plan.target))
-    ):
+    if os.path.lexists(plan.target) and not (is_folder or (plan.is_file and _replaceable(plan.target))):
         raise OutputRefused(
             "E-OUTPUT-KIND",
             f"{plan.target} exists and is not a {'regular file' if plan.is_file else 'folder'}",
@@ -199,9 +198,10 @@ def _replaceable(path: Path) -> bool:
 
 
 def _check_clear_of_model(plan: OutputPlan, model: str | Path | None) -> None:
-    if model is None or not os.path.exists(model):
+    path = None if model is None else os.path.expanduser(model)
+    if path is None or not os.path.exists(path):
         return  # a hub id
-    source = Path(os.path.realpath(model))
+    source = Path(os.path.realpath(path))
     place = Path(os.path.realpath(plan.folder))
     inside = place == source or source in place.parents
     replaced = [Path(os.path.realpath(path)) for path in plan.products]
@@ -215,7 +215,7 @@ def _check_clear_of_model(plan: OutputPlan, model: str | Path | None) -> None:
 
 def _check_writable(plan: OutputPlan) -> None:
     """Try it: permission bits do not tell of read-only mounts, and root passes them all."""
-    folder = plan.folder if plan.folder.is_dir() else plan.folder.parent
+    folder = plan.folder if os.path.isdir(plan.folder) else plan.folder.parent
     probe = folder / f".blockpress-{uuid.uuid4().hex[:12]}"
     try:
         probe.mkdir()

@@ -9,6 +9,7 @@ what a kill cut short; an error on the way is undone at once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ class Staging:
 
     def __init__(self, plan: OutputPlan) -> None:
         self.final = plan
-        self.root = _staging_roots(plan)[-1 if plan.folder.is_dir() else 0]
+        self.root = _staging_roots(plan)[-1 if os.path.isdir(plan.folder) else 0]
         self.plan = plan.within(self.root / "new")
         self.scratch = self.root / "scratch"
 
@@ -50,7 +51,9 @@ class Staging:
             raise OutputRefused(
                 "E-OUTPUT-NOT-WRITABLE",
                 f"cannot write beside {self.final.target}: {error.strerror or error}",
-                "give an --out in a folder that you can write",
+                "give an --out of a shorter name, or in a folder that you can write"
+                if error.errno == errno.ENAMETOOLONG
+                else "give an --out in a folder that you can write",
             ) from None
         return self
 
@@ -111,7 +114,7 @@ def finish_interrupted_publication(plan: OutputPlan) -> bool:
     Raises:
         OSError: A rename failed; the journal stays for the next attempt.
     """
-    completed = [_finish(root, plan.folder) for root in _staging_roots(plan) if root.is_dir()]
+    completed = [_finish(root, plan.folder) for root in _staging_roots(plan) if os.path.isdir(root)]
     return any(completed)
 
 
