@@ -24,8 +24,8 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype, *, traceable: boo
         traceable: Choose implementations that ``torch.export`` can follow, at a price in memory.
 
     Raises:
-        InputRefused: E-WEIGHTS-MISSING, E-WEIGHTS-SHAPE, E-WEIGHTS-UNREADABLE: the files do not fill the
-            model.
+        InputRefused: E-CONFIG-INVALID, E-CONFIG-SIZE; E-WEIGHTS-MISSING, E-WEIGHTS-SHAPE, E-WEIGHTS-UNREADABLE:
+            the files do not fill the model.
         OutOfResources: E-MEMORY: the host's memory does not hold it.
     """
     from transformers import AutoModelForCausalLM
@@ -125,10 +125,18 @@ def _refuse_far_larger(checkpoint: Checkpoint) -> None:
     """Refuse a config that describes a model of another size before its memory is asked for."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"), quiet_transformers():
-        outline = AutoModelForCausalLM.from_config(
-            checkpoint.config, trust_remote_code=checkpoint.architecture.remote_code
-        )
+    try:
+        with torch.device("meta"), quiet_transformers():
+            outline = AutoModelForCausalLM.from_config(
+                checkpoint.config, trust_remote_code=checkpoint.architecture.remote_code
+            )
+    except Exception as error:  # each model class raises its own kind for a value that it does not know
+        raise InputRefused(
+            "E-CONFIG-INVALID",
+            f"config.json describes no {checkpoint.architecture.label} model that can be built: "
+            f"{type(error).__name__}: {first_line(error)}",
+            "fetch the model again",
+        ) from None
     described = sum(parameter.numel() for parameter in outline.parameters())
     stored = sum(tensor.numel for tensor in checkpoint.weights.tensors.values())
     # A factor of two leaves the precise refusals (missing tensors, other shapes) to the loading itself.
