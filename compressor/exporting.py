@@ -22,6 +22,7 @@ from compressor.run.output import reserve_output
 from compressor.run.publish import Staging
 from compressor.sparsity import Mask
 from compressor.validation import check_required
+from validators.session import check_provider
 
 # A trained dense matrix has hardly any exact zero; fewer than this share are chance, not pruning.
 PRUNED_SHARE = 0.05
@@ -51,6 +52,7 @@ def export(
     """
     recipe = recipe if recipe is not None else read_recipe(None)
     check_required(require)
+    check_provider(provider if validate else "auto")
     measure = Measure()
     with reserve_output(out, force, model=model) as plan, Staging(plan) as staging:
         hf_folder = staging.plan.hf or staging.scratch / "hf"

@@ -29,6 +29,7 @@ from compressor.run.output import reserve_output
 from compressor.run.publish import Staging
 from compressor.sparsity import SparsityPattern
 from compressor.validation import check_required
+from validators.session import check_provider
 
 DEFAULT_SPARSITY = 0.5
 
@@ -88,6 +89,8 @@ def compress(
     """
     recipe = recipe if recipe is not None else read_recipe(None)
     check_required(require)
+    check_provider(provider if validate else "auto")
+    pattern, ignore = pattern_of(recipe.pruning), IgnoreRules(recipe.pruning.ignore)
     measure = Measure()
     with reserve_output(out, force, model=model) as plan, Staging(plan) as staging:
         hf_folder = staging.plan.hf or staging.scratch / "hf"
@@ -100,7 +103,7 @@ def compress(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
             )
-            job = _plan(opened, recipe, progress)
+            job = _plan(opened, recipe, pattern, ignore, progress)
         source = opened.source
         with measure.stage("blocks"):
             passed = _run_blocks(job, CheckpointWriter(hf_folder, source, opened.dtype), stop, progress)
@@ -128,12 +131,12 @@ def pattern_of(recipe: PruningRecipe) -> SparsityPattern:
     return SparsityPattern.unstructured(DEFAULT_SPARSITY if recipe.sparsity is None else recipe.sparsity)
 
 
-def _plan(opened: OpenModel, recipe: Recipe, progress: Progress) -> _Job:
+def _plan(
+    opened: OpenModel, recipe: Recipe, pattern: SparsityPattern, ignore: IgnoreRules, progress: Progress
+) -> _Job:
     """Every check that can be made before the first block is touched, and the texts cut into windows."""
     source = opened.source
     notices = list(opened.checkpoint.notices)
-    pattern = pattern_of(recipe.pruning)
-    ignore = IgnoreRules(recipe.pruning.ignore)
     prunable = check_plan(source, pattern, ignore)
     tokenizer = opened.checkpoint.load_tokenizer()
     asked = recipe.calibration.seqlen

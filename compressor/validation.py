@@ -5,6 +5,7 @@ The validator itself (``validators``) knows files and limits; here is what it is
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from compressor.report.schema import Report, read_report
 from compressor.run.output import OutputPlan, name_output
 from validators.checks import CHECK_NAMES, Gates, ValidationReport
 from validators.request import ValidationRequest
+from validators.session import check_provider
 from validators.validate import validate
 
 REFERENCE_FACTORY = "compressor.models.reference:load_reference"
@@ -98,6 +100,7 @@ def validate_export(
         ReportedError: The file is missing, broken, altered, or there is nothing to compare it with.
     """
     check_required(require)
+    check_provider(provider)
     plan = _plan_of(Path(path))
     notices: list[str] = []
 
@@ -178,9 +181,9 @@ def _mask_places(plan: OutputPlan, reference: Path | None) -> tuple[Path, ...]:
 
 def _plan_of(path: Path) -> OutputPlan:
     """The files that belong to an export; ``model.onnx`` in a folder has the layout of a folder output."""
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         path = path / "model.onnx"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputRefused(
             "E-ONNX-NOT-FOUND", f"there is no file {path}", "give the .onnx file, or the folder it lies in"
         )

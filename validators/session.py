@@ -38,6 +38,7 @@ _NUMPY_TYPES = {
     "tensor(bool)": np.bool_,
 }
 _BFLOAT16 = "tensor(bfloat16)"
+_NO_DEVICE = "its device or libraries are not there"
 _OUT_OF_MEMORY = (
     "bad allocation",
     "bad_alloc",
@@ -163,6 +164,20 @@ def installation_notices() -> tuple[str, ...]:
     )
 
 
+def check_provider(provider: str) -> None:
+    """Do nothing where ONNX Runtime is here and has the provider, as far as can be told without running it.
+
+    Raises:
+        ValidationUsageError: E-PROVIDER-UNKNOWN.
+        ValidationResourceError: E-PROVIDER-UNAVAILABLE, E-ORT-MISSING.
+    """
+    ort = import_onnxruntime()
+    if provider.lower() != "auto":
+        name = _named_provider(ort, provider)
+        if name == "CUDAExecutionProvider" and not _has_cuda_driver():
+            raise _unavailable(name, _NO_DEVICE)
+
+
 def choose_provider(provider: str) -> str:
     """The full name of the execution provider that a request means; "auto" is CUDA where it works, else CPU.
 
@@ -171,10 +186,19 @@ def choose_provider(provider: str) -> str:
         ValidationResourceError: E-PROVIDER-UNAVAILABLE: this installation or machine lacks it; E-ORT-MISSING.
     """
     ort = import_onnxruntime()
-    available = ort.get_available_providers()
     if provider.lower() == "auto":
         cuda = "CUDAExecutionProvider"
-        return cuda if cuda in available and _works(ort, cuda) else "CPUExecutionProvider"
+        works = cuda in ort.get_available_providers() and _works(ort, cuda)
+        return cuda if works else "CPUExecutionProvider"
+    name = _named_provider(ort, provider)
+    if name != "CPUExecutionProvider" and not _works(ort, name):
+        raise _unavailable(name, _NO_DEVICE)
+    return name
+
+
+def _named_provider(ort: Any, provider: str) -> str:
+    """The full name of a provider that this installation has."""
+    available = ort.get_available_providers()
     by_short_name: dict[str, str] = {_short(name): name for name in ort.get_all_providers()}
     name = by_short_name.get(_short(provider))
     if name is None:
@@ -185,8 +209,6 @@ def choose_provider(provider: str) -> str:
         )
     if name not in available:
         raise _unavailable(name, f"this installation of ONNX Runtime {ort.__version__} was built without it")
-    if name != "CPUExecutionProvider" and not _works(ort, name):
-        raise _unavailable(name, "its device or libraries are not there")
     return name
 
 
