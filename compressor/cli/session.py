@@ -26,6 +26,7 @@ QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "ORT_DISABLE_TELEMETRY": "1",  # since 1.31 it otherwise keeps a session file and sends events
 }
 
 
