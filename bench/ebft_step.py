@@ -27,6 +27,7 @@ from compressor.pruning.magnitude import magnitude_mask
 from compressor.recipe import RecoveryRecipe
 from compressor.recovery.block_io import BlockIO
 from compressor.recovery.ebft import reconstruction_loss, repair, trained_weights
+from compressor.recovery.frozen_masks import FrozenMasks
 from compressor.recovery.precision import autocast
 from compressor.sparsity import Mask, SparsityPattern
 from compressor.streams import Activations, in_order
@@ -95,6 +96,9 @@ def make_setting(
 def bare_loop_s(setting: Setting) -> float:
     """Seconds for all steps of forward, backward and AdamW, and nothing else."""
     block = copy.deepcopy(setting.block)
+    FrozenMasks(
+        block, setting.masks
+    ).zero_weights()  # starts where EBFT starts, so that both have errors to mend
     weights = trained_weights(block)
     for weight in weights:
         weight.requires_grad_(True)
