@@ -88,9 +88,11 @@ def _number_attributes(blocks: BlockList) -> frozenset[tuple[str, str]]:
 
 
 def _scalars(block: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """Yield (module path, attribute, value) for attributes that are scalars or rows of scalars."""
     for path, module in block.named_modules():
         for name, value in vars(module).items():
-            if isinstance(value, _SCALARS):
+            entries = value if isinstance(value, (list, tuple)) else (value,)
+            if all(isinstance(entry, _SCALARS) for entry in entries):
                 yield path, name, value
 
 
