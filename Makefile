@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python >= 3.10 and make: each sets up .venv first.
+# `make demo` and `make test` need Python >= 3.10, make and a C compiler: each sets up .venv first.
 
 PYTHON ?= python3
 VENV := .venv

@@ -35,7 +35,8 @@ from compressor.streams import Activations
 
 @dataclass(frozen=True)
 class WeightResult:
-    """One pruned matrix: ``block`` index, name in the block, shape (out, in), zeros, note of the pruner."""
+    """One pruned matrix: ``block`` index, its name and its parameter's in the block, shape (out, in), zeros, note of
+    the pruner."""
 
     block: int
     name: str
@@ -63,12 +64,6 @@ class PassResult:
     perplexities: dict[str, float]
     lr: float | None
     lr_tried: tuple[float, ...]
-
-    @property
-    def measured_sparsity(self) -> float:
-        """Zeros / all, over the pruned matrices."""
-        weights = [weight for block in self.blocks for weight in block.weights]
-        return sum(w.zeros for w in weights) / sum(w.shape[0] * w.shape[1] for w in weights)
 
     @property
     def notices(self) -> tuple[str, ...]:

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from compressor.block_pass import PassResult
 from compressor.evaluation import Evaluation
 from compressor.models.export_view import export_parts
 from compressor.models.writer import MASKS_NAME
 from compressor.opening import Subject
-from compressor.progress import Progress, StageStarted
+from compressor.progress import Notice, Progress, StageStarted
 from compressor.recipe import Recipe
 from compressor.report.html import write_report
 from compressor.report.schema import (
@@ -109,8 +111,19 @@ class Delivery:
         require: Sequence[str],
         notices: Sequence[str],
     ) -> CompressionResult:
-        """Export, validate, report, publish; the result names the published files."""
+        """Export, validate, report, publish; the result names the published files.
+
+        Args:
+            measured: What the pass over the blocks found.
+            validate: Whether the validator runs.
+            provider: Its execution provider.
+            require: Names of checks that must not be skipped.
+            notices: What was told already and belongs into the report.
+        """
         self._notices.extend(notices)
+        for message in shortfalls(measured.perplexities, self._subject.target_sparsity, self._masks):
+            self._notices.append(message)
+            self._progress(Notice(message))
         with self._measure.stage("export"):
             self._progress(StageStarted("export"))
             manifest = self._export()
@@ -245,3 +258,31 @@ class Delivery:
             manifest=manifest_facts(manifest),
             notices=tuple(self._notices),
         )
+
+
+def shortfalls(
+    perplexities: Mapping[str, float], target_sparsity: float | None, masks: Mapping[str, NDArray[np.bool_]]
+) -> list[str]:
+    """What a user should know although nothing failed: a repair that made things worse, fewer zeros than asked for.
+
+    Args:
+        perplexities: By version of the model.
+        target_sparsity: Share of zeros asked for; None where nothing was pruned.
+        masks: By parameter, True = kept.
+    """
+    found = []
+    pruned, recovered = perplexities.get("pruned"), perplexities.get("recovered")
+    if pruned is not None and recovered is not None and recovered > pruned:
+        found.append(
+            f"the repair raised the perplexity from {pruned:.2f} to {recovered:.2f}: it fits the calibration text, not "
+            "the evaluation text; give more calibration windows, or text closer to the model's use"
+        )
+    total = sum(mask.size for mask in masks.values())
+    if target_sparsity is not None and total:
+        zeros = total - sum(int(mask.sum()) for mask in masks.values())
+        if zeros / total < target_sparsity - 1e-4:
+            found.append(
+                f"{100 * zeros / total:.2f} % of the pruned weights are zero, not {100 * target_sparsity:g} %: "
+                "the share is rounded down to whole weights, row by row or block by block"
+            )
+    return found

@@ -15,7 +15,7 @@ from compressor.models.linears import IgnoreRules, prunable_matrices
 from compressor.models.writer import CheckpointWriter
 from compressor.opening import OpenModel, open_model
 from compressor.perplexities import PerplexityStreams
-from compressor.progress import Progress, StageStarted, TextReady, silent
+from compressor.progress import Notice, Progress, StageStarted, TextReady, silent
 from compressor.recipe import Recipe, read_recipe
 from compressor.run.measure import Measure
 from compressor.run.output import reserve_output
@@ -45,7 +45,8 @@ def export(
     """Export ``model`` to ``out`` without pruning it; a matrix with at least 5 % zeros keeps them as its mask.
 
     The arguments are those of ``compressor.compress``; of the recipe, the sections ``evaluation``, ``export`` and
-    ``gates`` count.
+    ``gates`` count, and ``calibration.seqlen`` as the length of the evaluation windows. In the report the model
+    stands under ``perplexity.recovered``: the PyTorch model that the ONNX file is compared with.
 
     Raises:
         ReportedError: Bad input, an existing output, missing resources; nothing was written, an older output stands.
@@ -69,6 +70,8 @@ def export(
             seqlen = window_length(source.max_seqlen, recipe.calibration.seqlen)
             tokenizer = opened.checkpoint.load_tokenizer()
             evaluation = evaluation_of(recipe.evaluation, tokenizer, seqlen, vocab_rows=source.vocab_size)
+            for message in opened.checkpoint.notices:
+                progress(Notice(message))
             progress(TextReady("evaluation", evaluation.text.spec, len(evaluation.ids), seqlen))
         with measure.stage("blocks"):
             progress(StageStarted("blocks", f"{source.num_blocks} blocks, {dtype_name(opened.dtype)}"))

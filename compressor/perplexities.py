@@ -40,11 +40,6 @@ class PerplexityStreams:
             for place, version in enumerate(versions)
         }
 
-    @property
-    def size_bytes(self) -> int:
-        """Host memory that the streams take."""
-        return sum(states.size_bytes for states in self._streams.values())
-
     def advance(self, version: Version, index: int, block: nn.Module) -> None:
         """Push one version's windows through its version of block ``index``; nothing if it is not measured."""
         if version in self._streams:

@@ -17,6 +17,7 @@ from compressor.errors import InputRefused, ReportedError, UsageError
 from compressor.evaluation import Evaluation, evaluation_of, window_length
 from compressor.models.checkpoint import open_checkpoint, open_tokenizer
 from compressor.models.source import max_seqlen
+from compressor.models.writer import MASKS_NAME
 from compressor.progress import Notice, Progress, StageStarted, TextReady, silent
 from compressor.recipe import EvaluationRecipe, GatesRecipe, parse_recipe
 from compressor.report.schema import Report, read_report
@@ -109,7 +110,7 @@ def validate_export(
         progress(Notice(message))
 
     recorded = _recorded(plan, note)
-    folder = _reference_folder(plan, reference)
+    folder = _reference_folder(plan, reference, trust_remote_code)
     windows = None
     if not structure_only:
         windows = _windows(plan, folder, evaluation, recorded, trust_remote_code, note)
@@ -117,6 +118,12 @@ def validate_export(
         progress(TextReady("evaluation", windows.text.spec, len(windows.ids), windows.protocol.window_tokens))
     progress(StageStarted("validate"))
     known = _known(recorded, windows)
+    # What the caller brings is measured, whatever the report says of the run's own models.
+    if reference is not None:
+        known.pop("recovered", None)
+        known.pop("pruned", None)
+    if dense is not None:
+        known.pop("dense", None)
     result = run_validator(
         plan,
         reference=folder,
@@ -175,7 +182,7 @@ def _load_arguments(folder: Path, trust_remote_code: bool) -> dict[str, object]:
 
 
 def _mask_places(plan: OutputPlan, reference: Path | None) -> tuple[Path, ...]:
-    beside_reference = () if reference is None else (reference / "masks.safetensors",)
+    beside_reference = () if reference is None else (reference / MASKS_NAME,)
     return (*beside_reference, plan.masks)
 
 
@@ -207,9 +214,9 @@ def _recorded(plan: OutputPlan, note: Callable[[str], None]) -> Report | None:
         return None
 
 
-def _reference_folder(plan: OutputPlan, reference: str | Path | None) -> Path | None:
+def _reference_folder(plan: OutputPlan, reference: str | Path | None, trust_remote_code: bool) -> Path | None:
     if reference is not None:
-        return open_checkpoint(reference).folder
+        return open_checkpoint(reference, trust_remote_code=trust_remote_code).folder
     return plan.hf if plan.hf is not None and plan.hf.is_dir() else None
 
 

@@ -200,7 +200,7 @@ EXPORT = Section(
             "--encoding",
             "export.encoding",
             click.Choice(["auto", "dense", "sparse"]),
-            "How weights are stored; auto takes the smaller form of each.",
+            "How weights are stored; auto goes sparse where that saves 10 %.",
         ),
         Setting("--opset", "export.opset", int, "ONNX opset."),
     ),
