@@ -72,6 +72,25 @@ def test_source_computes_in_float32_from_bfloat16(tmp_path: Path, name: str) -> 
     torch.testing.assert_close(through_blocks(source, windows()), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("settings", [{"return_dict": False}, {"output_router_logits": True}])
+def test_source_ignores_what_a_config_wants_returned(tmp_path: Path, settings: dict[str, bool]) -> None:
+    """Tuples, and router logits for a training loss, which need all blocks at once, change no logit."""
+    folder = write_checkpoint(tmp_path, "mixtral")
+    expected = through_blocks(open_source(open_checkpoint(folder), CPU), windows())
+    change_json(folder / "config.json", **settings)
+    found = through_blocks(open_source(open_checkpoint(folder), CPU), windows())
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_source_refuses_a_model_that_does_not_run(tmp_path: Path) -> None:
+    """A value that fits the weights but not the code is the config's fault, and is told when the model is opened."""
+    folder = write_checkpoint(tmp_path, "opt")
+    change_json(folder / "config.json", dropout=3)
+    with pytest.raises(InputRefused, match="dropout") as refused:
+        open_source(open_checkpoint(folder), CPU)
+    assert refused.value.error_id == "E-CONFIG-INVALID"
+
+
 def test_source_tells_the_sizes_of_the_model(tmp_path: Path) -> None:
     """Names and sizes are the model's; tied weights count once."""
     source = open_source(open_checkpoint(write_checkpoint(tmp_path, "llama3_rope")), CPU)

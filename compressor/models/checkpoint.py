@@ -305,8 +305,11 @@ def _load_tokenizer(folder: Path, name: str, settings: Mapping[str, Any], trust_
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
-            return _with_end_of_text(tokenizer, settings.get("eos_token_id"))
-    except Exception as error:  # a damaged tokenizer raises whatever its parser raises
+            _with_end_of_text(tokenizer, settings.get("eos_token_id"))("a", verbose=False)
+            return tokenizer
+    except BaseException as error:  # a damaged tokenizer raises whatever its parser raises
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust
+            raise
         raise InputRefused(
             "E-TOKENIZER-NOT-FOUND",
             f"{name} has no tokenizer that can be read: {first_line(error)}",

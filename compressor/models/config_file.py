@@ -57,13 +57,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``.
 
     Raises:
-        InputRefused: E-CONFIG-SYNTAX: not a JSON object in UTF-8, one key twice, nested or large beyond
-            reason.
+        InputRefused: E-CONFIG-SYNTAX: not a JSON object in UTF-8, one key twice, a NaN, nested or large
+            beyond reason.
     """
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"larger than {MAX_FILE_BYTES} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        content = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys, parse_constant=_constant
+        )
     except (OSError, ValueError, RecursionError) as error:
         raise InputRefused(
             "E-CONFIG-SYNTAX", f"{path.name} cannot be read: {_first_line(error)}", "fetch the file again"
@@ -97,6 +99,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(unique) != len(pairs):
         raise ValueError("a key stands twice")
     return unique
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":  # which no comparison refuses; an infinite limit may be meant
+        raise ValueError("a value is NaN")
+    return float(name)
 
 
 def _entries(node: Any, where: str, depth: int = 0) -> Iterator[tuple[str, str, Any]]:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compressor.models.registry import class_names
+
 __all__ = ["describe_kind", "library_of"]
 
 
@@ -37,8 +39,8 @@ def _task_of(settings: Mapping[str, Any]) -> str | None:
     import transformers
     from optimum.exporters.tasks import TasksManager
 
-    for name in settings.get("architectures") or ():
-        model_class = getattr(transformers, str(name), None)
+    for name in class_names(settings):
+        model_class = getattr(transformers, name, None)
         if isinstance(model_class, type):
             try:
                 return str(TasksManager.infer_task_from_model(model_class))

@@ -65,6 +65,7 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype, *, traceable: boo
             f"{name} is stored as {list(stored)}, config.json asks for {list(described)}",
             "fetch the model again: config.json and weights do not belong together",
         )
+    _return_logits_alone(model.config)
     return model.eval().requires_grad_(False)
 
 
@@ -119,6 +120,13 @@ def _initialise_again(model: Any, module: nn.Module, buffers: list[str]) -> None
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # what transformers then leaves alone
     with torch.no_grad():
         model._init_weights(module)
+
+
+def _return_logits_alone(config: Any) -> None:
+    """Undo what a config may ask to be returned otherwise; no logit depends on it."""
+    config.return_dict = True
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False  # for a training loss, which wants the routers of all blocks
 
 
 def _refuse_far_larger(checkpoint: Checkpoint) -> None:

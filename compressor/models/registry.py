@@ -8,7 +8,7 @@ from typing import Any
 
 from compressor.errors import InputRefused
 
-__all__ = ["SUPPORTED", "Architecture", "architecture_of"]
+__all__ = ["SUPPORTED", "Architecture", "architecture_of", "class_names"]
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,15 @@ def _unsupported_features(settings: Mapping[str, Any]) -> Iterator[str]:
         yield "attends to later tokens (use_bidirectional_attention)"
     if "dynamic" in _rope_types(settings):
         yield "uses dynamic NTK rope, whose tables depend on the data and cannot be exported"
-    heads = [name for name in settings.get("architectures") or () if isinstance(name, str) and "For" in name]
+    heads = [name for name in class_names(settings) if "For" in name]
     if heads and not any(name.endswith("ForCausalLM") for name in heads):
         yield f"has no language model head ({', '.join(heads)})"
+
+
+def class_names(settings: Mapping[str, Any]) -> list[str]:
+    """The class names under ``architectures``; none where that is no list."""
+    names = settings.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _rope_types(settings: Mapping[str, Any]) -> set[str]:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from compressor.models.checkpoint import Checkpoint
+from compressor.errors import InputRefused, ReportedError
+from compressor.models.checkpoint import Checkpoint, first_line
 from compressor.models.loading import load_causal_lm, refuse_unusable, restore_float32_buffers
 from compressor.models.quiet import quiet_transformers
 from compressor.models.registry import Architecture
@@ -107,7 +109,8 @@ class LoadedSource:
         restore_float32_buffers(self._model)
         self.config = self._model.config
         self.num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        self._blocks = find_blocks(self._model)
+        with self._first_run():
+            self._blocks = find_blocks(self._model)
         self.num_blocks, self.blocks_name = len(self._blocks), self._blocks.name
         stored = checkpoint.dtype if stored_dtype is None else stored_dtype
         refuse_unusable(self._model.state_dict().items(), stored)
@@ -115,7 +118,8 @@ class LoadedSource:
         self._calls: OrderedDict[tuple[int, ...], Sequence[BlockCall]] = OrderedDict()
         self.vocab_size = int(self._model.get_input_embeddings().weight.shape[0])
         self.max_seqlen = max_seqlen(self.config)
-        self.hidden_size = self.embed(torch.zeros((1, 2), dtype=torch.long)).shape[-1]
+        with self._first_run():
+            self.hidden_size = self.embed(torch.zeros((1, 2), dtype=torch.long)).shape[-1]
 
     def embed(self, ids: Tensor) -> Tensor:
         """Hidden state (B, T, D) that enters the first block for ``ids`` (B, T) int64, on the device."""
@@ -185,6 +189,23 @@ class LoadedSource:
         self._calls.move_to_end(shape)
         while len(self._calls) > _KEPT_SHAPES:
             self._calls.popitem(last=False)
+
+    @contextmanager
+    def _first_run(self) -> Iterator[None]:
+        """Tell of a model that cannot compute, while parts of it run for the first time, as a wrong config."""
+        try:
+            yield
+        except (ReportedError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the model's own code raises for a value that it cannot use
+            if "memory" in str(error):
+                raise
+            raise InputRefused(
+                "E-CONFIG-INVALID",
+                f"the {self.architecture.label} model that config.json describes does not run: "
+                f"{type(error).__name__}: {first_line(error)}",
+                "fetch the model again: config.json and weights do not belong together",
+            ) from error
 
     def _move_all_but_blocks(self, stored: torch.dtype) -> None:
         parent_name, _, attribute = self.blocks_name.rpartition(".")
