@@ -170,9 +170,9 @@ def main(hidden: int, tokens: int, layers: int, steps: int, repeats: int, device
     bare, tuned = (1000 * statistics.median(times) / setting.steps for times in zip(*pairs, strict=True))
     ratio = statistics.median(tuned_s / bare_s for bare_s, tuned_s in pairs)
     click.echo(
-        "| device | hidden | layers | tokens/step | steps | bare, ms/step | EBFT, ms/step | median ratio |"
+        "| device | hidden | layers | tokens/step | steps | clock | bare ms/step | EBFT ms/step | ratio |"
     )
-    click.echo("|---|---|---|---|---|---|---|---|")
+    click.echo("|---|---|---|---|---|---|---|---|---|")
     click.echo(
         f"| {device_name(setting.io.device)} | {hidden} | {layers} | {tokens} | {setting.steps} "
         f"| {clock} | {bare:.1f} | {tuned:.1f} | {ratio:.3f} |"
