@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -244,10 +245,11 @@ def _windows(
     if asked is not None and "source" in given:
         return evaluation_of(asked, tokenizer, seqlen)
     if recorded is not None and protocol is not None:
-        settings = (recorded.recipe or {}).get("evaluation", {})
-        told = {**settings, "source": protocol.source, "max_windows": protocol.windows, **given}
-        recipe = parse_recipe({"evaluation": told}, origin=plan.report_json.name).evaluation
-        found = _same_text(recipe, tokenizer, seqlen, protocol.sha256, note)
+        settings = (recorded.recipe or {}).get("evaluation")
+        told = {"source": protocol.source, "max_windows": protocol.windows, **given}
+        if isinstance(settings, Mapping):
+            told = {**settings, **told}
+        found = _same_text(told, tokenizer, seqlen, protocol.sha256, note)
         if found is not None:
             return found
     windows = evaluation_of(EvaluationRecipe(**given), tokenizer, seqlen)
@@ -256,9 +258,11 @@ def _windows(
 
 
 def _same_text(
-    recipe: EvaluationRecipe, tokenizer: object, seqlen: int, sha256: str | None, note: Callable[[str], None]
+    told: Mapping[str, Any], tokenizer: object, seqlen: int, sha256: str | None, note: Callable[[str], None]
 ) -> Evaluation | None:
+    """Windows of the text that a report tells of, where it is still the same."""
     try:
+        recipe = parse_recipe({"evaluation": told}, origin="the report").evaluation
         windows = evaluation_of(recipe, tokenizer, seqlen)
     except ReportedError as error:
         note(f"the report's evaluation text is not at hand ({error.message})")

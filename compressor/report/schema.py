@@ -14,7 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from compressor.errors import InputRefused
 
@@ -72,7 +80,7 @@ class PerplexityProtocol(_Part):
 
     source: PortableName
     sha256: str | None = None
-    window: int
+    window: Annotated[int, Field(ge=2)]
     stride: int
     windows: int
     tokens: int
