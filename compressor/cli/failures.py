@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from compressor.cli.terminal import bold_red
+from compressor.cli.terminal import bold_red, printable
 from exporters.errors import ReportedError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -41,7 +41,7 @@ class Failure:
 def describe_failure(error: BaseException) -> Failure:
     """The text and the exit code for any exception; one that nobody foresaw is traced in the log file."""
     if isinstance(error, ReportedError):
-        return Failure(error.error_id, error.message, error.remedy, error.exit_code)
+        return Failure(error.error_id, printable(error.message), printable(error.remedy), error.exit_code)
     if isinstance(error, click.UsageError):
         path = error.ctx.command_path if error.ctx is not None else "compress"
         return Failure("E-USAGE", _one_line(error.format_message()), f"see {path} --help", 2)
@@ -97,7 +97,7 @@ def _log_traceback(error: BaseException) -> Path | None:
 
 
 def _one_line(text: str) -> str:
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= 500 else f"{line[:497]}..."
 
 

@@ -54,11 +54,12 @@ def command(path: str, as_json: bool, verbosity: int, quiet: bool) -> int:
 
 
 def _cells(row: WeightRow) -> tuple[str, ...]:
+    from compressor.cli.terminal import printable
     from compressor.report.units import byte_size, percent
 
     sizes = [row.bytes_by_encoding.get(kind) for kind in ("dense", "sparse", "bitmask")]
     return (
-        row.name,
+        printable(row.name),
         "×".join(str(side) for side in row.shape),
         row.dtype,
         row.encoding,

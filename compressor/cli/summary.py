@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressor.cli.terminal import bold_green, bold_red, bold_yellow
+from compressor.cli.terminal import bold_green, bold_red, bold_yellow, printable
 from compressor.cli.wording import labelled
 from compressor.report.units import MISSING, byte_size, duration, number, percent
 
@@ -145,7 +145,7 @@ def _check_lines(checks: Sequence[Mapping[str, Any]], *, failures_only: bool = F
         if status == "failed":
             status = bold_red(status, sys.stdout)
         facts = _measured(check)
-        why = check.get("why") or ""
+        why = printable(check.get("why") or "")
         text = " · ".join(part for part in (facts, why) if part)
         lines.append(f"{check['name']:<21}{status}{' ' * (9 - len(check['status']))}{text}".rstrip())
     return lines

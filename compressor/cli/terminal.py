@@ -9,6 +9,13 @@ from typing import IO
 import click
 
 
+def printable(text: str) -> str:
+    """``text`` on one line: what moves a cursor or ends a line is spelled out, as names in files may hold it."""
+    return "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text
+    )
+
+
 def is_terminal(stream: IO[str]) -> bool:
     """Whether ``stream`` is a terminal that moves its cursor."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"

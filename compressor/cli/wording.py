@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.cli.terminal import printable
 from compressor.progress import (
     BlockFinished,
     BlockProgress,
@@ -19,7 +20,7 @@ LABEL_WIDTH = 15
 
 def labelled(label: str, text: str) -> str:
     """``text`` behind a label in a column of its own."""
-    return f"{label:<{LABEL_WIDTH}}{text}".rstrip()
+    return f"{printable(label):<{LABEL_WIDTH}}{printable(text)}".rstrip()
 
 
 def describe(event: Event) -> list[str]:
