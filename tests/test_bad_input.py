@@ -1,0 +1,166 @@
+"""Bad input through the real command line: the right id and exit code, nothing lost, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from bad_exports import EXPORTS, BadExport, Refusal
+from bad_inputs import MODELS, TEXTS, BadInput, Bench
+from bad_options import OUTPUTS, PRUNING, SETTINGS
+from cli_fakes import Ended, Terminal
+from workshop import Workshop
+
+ROOT = Path(__file__).parents[1]
+RUN = (*MODELS, *TEXTS, *PRUNING, *SETTINGS, *OUTPUTS)
+INSPECTED = [(bad, bad.inspect) for bad in EXPORTS if bad.inspect is not None]
+# What is refused after the output was opened: at the model, at its weights, at the texts.
+LATE = ("quantised tensors", "weight not a number", "--eval-data too short")
+
+
+@pytest.fixture
+def bench(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A model, two texts and an older output, to be spoiled, beside an empty folder for temporary files."""
+    home = tmp_path / "bench"
+    shutil.copytree(workshop.model, home / "model")
+    shutil.copytree(workshop.file_output.out.parent, home / "out")
+    for text in (workshop.texts.calibration, workshop.texts.evaluation):
+        shutil.copy(text, home)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    return Bench(home)
+
+
+@pytest.fixture
+def terminal(capsys: pytest.CaptureFixture[str]) -> Terminal:
+    """Runs command lines in this process."""
+    return Terminal(capsys)
+
+
+def contents(home: Path) -> dict[str, bytes | str]:
+    """Every entry below ``home``: bytes of a file, target of a link, kind of anything else."""
+    found: dict[str, bytes | str] = {}
+    for path in sorted(home.rglob("*")):
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode):
+            found[str(path)] = path.read_bytes()
+        else:
+            found[str(path)] = str(path.readlink()) if stat.S_ISLNK(mode) else str(stat.S_IFMT(mode))
+    return found
+
+
+def check_text(ended: Ended, refusal: Refusal, says: str) -> None:
+    """Two lines on stderr: the id and what is wrong, and what to do; nothing on stdout."""
+    lines = ended.err.splitlines()
+    assert (lines[0].split("  ")[0], ended.code) == refusal, ended.err
+    assert len(lines) == 2, ended.err
+    assert lines[1].startswith("  do this: ")
+    assert says in ended.err
+    assert ended.out == ""
+
+
+def check_json(ended: Ended, refusal: Refusal) -> None:
+    """One object on stdout with the same."""
+    error = json.loads(ended.out)["error"]
+    assert error.keys() == {"id", "message", "remedy", "exit_code"}
+    assert (error["id"], error["exit_code"], ended.code) == (*refusal, refusal[1])
+    assert "Traceback" not in ended.err
+
+
+def refuse(terminal: Terminal, bench: Bench, bad: BadInput, command: str, *options: str) -> None:
+    """Run the command twice, as text and as JSON: both refuse, and neither changes or leaves a file."""
+    bad.spoil(bench)
+    arguments = [*bad.command_line(bench, command), *options]
+    refusal = (bad.error_id, bad.exit_code)
+    before = contents(bench.home)
+    check_text(terminal.run(*arguments, "-q"), refusal, bad.says)
+    check_json(terminal.run(*arguments, "--json"), refusal)
+    assert contents(bench.home) == before
+    assert os.listdir(tempfile.gettempdir()) == []
+
+
+@pytest.mark.parametrize("bad", RUN, ids=lambda bad: bad.name)
+def test_bad_input_run_refuses(terminal: Terminal, bench: Bench, bad: BadInput) -> None:
+    """Each is refused with its id and exit code; the older output, the inputs and the folders stay as they were."""
+    refuse(terminal, bench, bad, "run")
+
+
+@pytest.mark.parametrize("bad", [bad for bad in RUN if bad.name in LATE], ids=lambda bad: bad.name)
+def test_bad_input_export_refuses_beside_a_folder(terminal: Terminal, bench: Bench, bad: BadInput) -> None:
+    """``export`` refuses as ``run`` does, and an older output that is a folder survives too."""
+    refuse(terminal, bench, bad, "export", "--out", str(bench.out.parent))
+
+
+@pytest.mark.parametrize("bad", EXPORTS, ids=lambda bad: bad.name)
+def test_bad_input_validate_refuses(terminal: Terminal, bench: Bench, bad: BadExport) -> None:
+    """A file that is broken or altered, or cannot be judged as asked, is refused and left as it was."""
+    bad.spoil(bench)
+    before = contents(bench.home)
+    ended = terminal.run("validate", *(bench.filled(word) for word in (bad.path, *bad.options)), "-q")
+    check_text(ended, bad.validate, bad.says)
+    assert contents(bench.home) == before
+    assert os.listdir(tempfile.gettempdir()) == []
+
+
+@pytest.mark.parametrize(("bad", "refusal"), INSPECTED, ids=[bad.name for bad, _ in INSPECTED])
+def test_bad_input_inspect_refuses(
+    terminal: Terminal, bench: Bench, bad: BadExport, refusal: Refusal
+) -> None:
+    """A file that is broken is refused by inspect too, as text and as JSON."""
+    bad.spoil(bench)
+    before = contents(bench.home)
+    check_text(terminal.run("inspect", bench.filled(bad.path)), refusal, "")
+    check_json(terminal.run("inspect", bench.filled(bad.path), "--json"), refusal)
+    assert contents(bench.home) == before
+
+
+def in_a_process(*arguments: str, **environment: str) -> Ended:
+    """What the installed program leaves."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "compressor", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        check=False,
+        timeout=300,
+    )
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
+@pytest.mark.parametrize(
+    "name", ["sparsity 1.1", "weights cut in the tensors", "tokenizer with a wrong limit"]
+)
+def test_bad_input_in_a_process_of_its_own(bench: Bench, name: str) -> None:
+    """What libraries print when they are first loaded does not reach the user either."""
+    bad = next(bad for bad in RUN if bad.name == name)
+    bad.spoil(bench)
+    before = contents(bench.home)
+    check_text(in_a_process(*bad.command_line(bench, "run"), "-q"), (bad.error_id, bad.exit_code), bad.says)
+    assert contents(bench.home) == before
+    assert os.listdir(tempfile.gettempdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is a folder that nobody can write on Linux only")
+def test_bad_input_places_that_cannot_be_written(terminal: Terminal, bench: Bench) -> None:
+    """Output, report and cache folder are tried before the work, also where permission bits say nothing."""
+    lines = BadInput("", "", 0, "").command_line(bench, "run")
+    refusal = ("E-OUTPUT-NOT-WRITABLE", 6)
+    check_text(terminal.run(*lines, "-q", "--out", "/proc/sparse.onnx"), refusal, "/proc")
+    check_text(terminal.run(*lines, "-q", "--out", "/proc/sparse"), refusal, "/proc")
+    unwritable = in_a_process(*lines, "-q", BLOCKPRESS_CACHE="/proc/cache")
+    check_text(unwritable, ("E-CACHE-NOT-WRITABLE", 6), "BLOCKPRESS_CACHE")
+
+
+def test_bad_input_names_cannot_move_the_cursor(terminal: Terminal, bench: Bench) -> None:
+    """A name in a file that clears the screen or ends the line is spelled out."""
+    ended = terminal.run("validate", str(bench.home / "\x1b[2J\r\n.onnx"), "-q")
+    check_text(ended, ("E-ONNX-NOT-FOUND", 3), r"\x1b[2J\r\n.onnx")
