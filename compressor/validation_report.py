@@ -46,7 +46,7 @@ def report_paths(path: str | Path) -> tuple[Path, Path]:
     """Where the JSON and the HTML of a report go: ``path`` with the one ending and with the other.
 
     Raises:
-        OutputRefused: The folder is missing, or one of the two is a folder.
+        OutputRefused: The folder is missing or cannot be written, or one of the two is a folder.
     """
     given = Path(path)
     bare = given.with_suffix("") if given.suffix in (".json", ".html") else given
@@ -60,7 +60,26 @@ def report_paths(path: str | Path) -> tuple[Path, Path]:
     for one in pair:
         if os.path.isdir(one):
             raise OutputRefused("E-OUTPUT-KIND", f"{one} is a folder", "give another --report")
+    probe = _draft(pair[0])
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _not_writable(pair[0], error) from None
     return pair
+
+
+def _draft(path: Path) -> Path:
+    """The name under which a report is written before it takes its place."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _not_writable(path: Path, error: OSError) -> OutputRefused:
+    return OutputRefused(
+        "E-OUTPUT-NOT-WRITABLE",
+        f"cannot write the report {path}: {error.strerror or error}",
+        "give a --report of another name, in a folder that you can write",
+    )
 
 
 def publish_report(report: Report, json_path: Path, html_path: Path) -> None:
@@ -69,17 +88,13 @@ def publish_report(report: Report, json_path: Path, html_path: Path) -> None:
     Raises:
         OutputRefused: The folder cannot be written.
     """
-    parts = [path.with_name(f".{path.name}.{os.getpid()}.part") for path in (html_path, json_path)]
+    parts = [_draft(path) for path in (html_path, json_path)]
     try:
         write_report(report, parts[1], parts[0])
         for part, path in zip(parts, (html_path, json_path), strict=True):
             os.replace(part, path)
     except OSError as error:
-        raise OutputRefused(
-            "E-OUTPUT-NOT-WRITABLE",
-            f"cannot write the report {json_path}: {error.strerror or error}",
-            "give a --report in a folder that you can write",
-        ) from None
+        raise _not_writable(json_path, error) from None
     finally:
         for part in parts:
             part.unlink(missing_ok=True)

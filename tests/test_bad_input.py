@@ -9,6 +9,8 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from workshop import Workshop
 
 ROOT = Path(__file__).parents[1]
 RUN = (*MODELS, *TEXTS, *PRUNING, *SETTINGS, *OUTPUTS)
+VALIDATED = [(bad, bad.validate) for bad in EXPORTS if bad.validate is not None]
 INSPECTED = [(bad, bad.inspect) for bad in EXPORTS if bad.inspect is not None]
 # What is refused after the output was opened: at the model, at its weights, at the texts.
 LATE = ("quantised tensors", "weight not a number", "--eval-data too short")
@@ -75,14 +78,11 @@ def check_json(ended: Ended, refusal: Refusal) -> None:
     assert "Traceback" not in ended.err
 
 
-def refuse(terminal: Terminal, bench: Bench, bad: BadInput, command: str, *options: str) -> None:
-    """Run the command twice, as text and as JSON: both refuse, and neither changes or leaves a file."""
-    bad.spoil(bench)
-    arguments = [*bad.command_line(bench, command), *options]
-    refusal = (bad.error_id, bad.exit_code)
+@contextmanager
+def nothing_changes(bench: Bench) -> Iterator[None]:
+    """Meanwhile no file of the bench is made, changed or removed, and none is left among the temporary ones."""
     before = contents(bench.home)
-    check_text(terminal.run(*arguments, "-q"), refusal, bad.says)
-    check_json(terminal.run(*arguments, "--json"), refusal)
+    yield
     assert contents(bench.home) == before
     assert os.listdir(tempfile.gettempdir()) == []
 
@@ -90,24 +90,37 @@ def refuse(terminal: Terminal, bench: Bench, bad: BadInput, command: str, *optio
 @pytest.mark.parametrize("bad", RUN, ids=lambda bad: bad.name)
 def test_bad_input_run_refuses(terminal: Terminal, bench: Bench, bad: BadInput) -> None:
     """Each is refused with its id and exit code; the older output, the inputs and the folders stay as they were."""
-    refuse(terminal, bench, bad, "run")
+    bad.spoil(bench)
+    with nothing_changes(bench):
+        ended = terminal.run(*bad.command_line(bench, "run"), "-q")
+    check_text(ended, (bad.error_id, bad.exit_code), bad.says)
+
+
+@pytest.mark.parametrize("bad", {bad.error_id: bad for bad in RUN}.values(), ids=lambda bad: bad.error_id)
+def test_bad_input_run_refuses_in_json(terminal: Terminal, bench: Bench, bad: BadInput) -> None:
+    """Every id comes as one JSON object on stdout too."""
+    bad.spoil(bench)
+    check_json(terminal.run(*bad.command_line(bench, "run"), "--json"), (bad.error_id, bad.exit_code))
 
 
 @pytest.mark.parametrize("bad", [bad for bad in RUN if bad.name in LATE], ids=lambda bad: bad.name)
 def test_bad_input_export_refuses_beside_a_folder(terminal: Terminal, bench: Bench, bad: BadInput) -> None:
     """``export`` refuses as ``run`` does, and an older output that is a folder survives too."""
-    refuse(terminal, bench, bad, "export", "--out", str(bench.out.parent))
+    bad.spoil(bench)
+    with nothing_changes(bench):
+        ended = terminal.run(*bad.command_line(bench, "export"), "-q", "--out", bench.out.parent)
+    check_text(ended, (bad.error_id, bad.exit_code), bad.says)
 
 
-@pytest.mark.parametrize("bad", EXPORTS, ids=lambda bad: bad.name)
-def test_bad_input_validate_refuses(terminal: Terminal, bench: Bench, bad: BadExport) -> None:
+@pytest.mark.parametrize(("bad", "refusal"), VALIDATED, ids=[bad.name for bad, _ in VALIDATED])
+def test_bad_input_validate_refuses(
+    terminal: Terminal, bench: Bench, bad: BadExport, refusal: Refusal
+) -> None:
     """A file that is broken or altered, or cannot be judged as asked, is refused and left as it was."""
     bad.spoil(bench)
-    before = contents(bench.home)
-    ended = terminal.run("validate", *(bench.filled(word) for word in (bad.path, *bad.options)), "-q")
-    check_text(ended, bad.validate, bad.says)
-    assert contents(bench.home) == before
-    assert os.listdir(tempfile.gettempdir()) == []
+    with nothing_changes(bench):
+        ended = terminal.run("validate", *(bench.filled(word) for word in (bad.path, *bad.options)), "-q")
+    check_text(ended, refusal, bad.says)
 
 
 @pytest.mark.parametrize(("bad", "refusal"), INSPECTED, ids=[bad.name for bad, _ in INSPECTED])
@@ -116,10 +129,9 @@ def test_bad_input_inspect_refuses(
 ) -> None:
     """A file that is broken is refused by inspect too, as text and as JSON."""
     bad.spoil(bench)
-    before = contents(bench.home)
-    check_text(terminal.run("inspect", bench.filled(bad.path)), refusal, "")
-    check_json(terminal.run("inspect", bench.filled(bad.path), "--json"), refusal)
-    assert contents(bench.home) == before
+    with nothing_changes(bench):
+        check_text(terminal.run("inspect", bench.filled(bad.path)), refusal, bad.says)
+        check_json(terminal.run("inspect", bench.filled(bad.path), "--json"), refusal)
 
 
 def in_a_process(*arguments: str, **environment: str) -> Ended:
@@ -143,10 +155,9 @@ def test_bad_input_in_a_process_of_its_own(bench: Bench, name: str) -> None:
     """What libraries print when they are first loaded does not reach the user either."""
     bad = next(bad for bad in RUN if bad.name == name)
     bad.spoil(bench)
-    before = contents(bench.home)
-    check_text(in_a_process(*bad.command_line(bench, "run"), "-q"), (bad.error_id, bad.exit_code), bad.says)
-    assert contents(bench.home) == before
-    assert os.listdir(tempfile.gettempdir()) == []
+    with nothing_changes(bench):
+        ended = in_a_process(*bad.command_line(bench, "run"), "-q")
+    check_text(ended, (bad.error_id, bad.exit_code), bad.says)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is a folder that nobody can write on Linux only")
