@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor.calibration.text import TextSource, read_text
+from compressor.calibration.tokens import refuse_ids_beyond
 from compressor.errors import InputRefused
 from compressor.recipe import EvaluationRecipe
 from compressor.report.schema import PerplexityProtocol
@@ -48,10 +49,8 @@ class Evaluation:
         )
 
 
-def evaluation_of(
-    recipe: EvaluationRecipe, tokenizer: Any, seqlen: int, *, vocab_rows: int | None = None
-) -> Evaluation:
-    """The windows that ``recipe`` asks for, ``seqlen`` tokens each; ``vocab_rows`` bounds their ids.
+def evaluation_of(recipe: EvaluationRecipe, tokenizer: Any, seqlen: int, vocab_rows: int) -> Evaluation:
+    """The windows that ``recipe`` asks for, ``seqlen`` tokens each, for an embedding of ``vocab_rows`` rows.
 
     Raises:
         ReportedError: The text is absent, empty, not UTF-8, shorter than a window, or has tokens that the model lacks.
@@ -66,12 +65,7 @@ def evaluation_of(
     windows = evaluation_windows(
         text.documents, text.kind, tokenizer, seqlen=seqlen, max_windows=recipe.max_windows
     )
-    if vocab_rows is not None and windows.ids.max() >= vocab_rows:
-        raise InputRefused(
-            "E-TOKEN-OUT-OF-RANGE",
-            f"the tokenizer makes token {windows.ids.max()}, the embedding has {vocab_rows} rows",
-            "use the tokenizer that belongs to the model",
-        )
+    refuse_ids_beyond([int(windows.ids.max())], vocab_rows)
     return Evaluation(text, windows.ids, windows.protocol)
 
 

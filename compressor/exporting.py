@@ -68,8 +68,8 @@ def export(
             )
             source = opened.source
             seqlen = window_length(source.max_seqlen, recipe.calibration.seqlen)
-            tokenizer = opened.checkpoint.load_tokenizer()
-            evaluation = evaluation_of(recipe.evaluation, tokenizer, seqlen, vocab_rows=source.vocab_size)
+            tokenizer = opened.load_tokenizer()
+            evaluation = evaluation_of(recipe.evaluation, tokenizer, seqlen, source.vocab_size)
             for message in opened.checkpoint.notices:
                 progress(Notice(message))
             progress(TextReady("evaluation", evaluation.text.spec, len(evaluation.ids), seqlen))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from compressor.calibration.tokens import refuse_tokenizer_beyond
 from compressor.devices import dtype_name, export_dtype, resolve_device
 from compressor.models.checkpoint import Checkpoint, open_checkpoint
 from compressor.models.source import BlockSource, open_source
@@ -58,6 +59,16 @@ class OpenModel:
     source: BlockSource
     device: torch.device
     dtype: torch.dtype
+
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer; the embedding has a row for every token that it can emit.
+
+        Raises:
+            InputRefused: E-TOKENIZER-NOT-FOUND, E-TOKEN-OUT-OF-RANGE.
+        """
+        tokenizer = self.checkpoint.load_tokenizer()
+        refuse_tokenizer_beyond(tokenizer, self.source.vocab_size)
+        return tokenizer
 
     def subject(self, command: Literal["run", "export"], pattern: SparsityPattern | None) -> Subject:
         """What the export and the report need to know, without the weights."""

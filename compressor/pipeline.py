@@ -138,7 +138,7 @@ def _plan(
     source = opened.source
     notices = list(opened.checkpoint.notices)
     prunable = check_plan(source, pattern, ignore)
-    tokenizer = opened.checkpoint.load_tokenizer()
+    tokenizer = opened.load_tokenizer()
     asked = recipe.calibration.seqlen
     seqlen = window_length(source.max_seqlen, asked)
     if asked is not None and asked > seqlen:
@@ -160,7 +160,7 @@ def _plan(
         seed=recipe.seed,
         vocab_rows=source.vocab_size,
     )
-    evaluation = evaluation_of(recipe.evaluation, tokenizer, seqlen, vocab_rows=source.vocab_size)
+    evaluation = evaluation_of(recipe.evaluation, tokenizer, seqlen, source.vocab_size)
     progress(
         RunStarted(
             model=opened.checkpoint.name,

@@ -242,30 +242,37 @@ def _windows(
     if protocol is not None:
         seqlen = protocol.window
     given = {} if asked is None else asked.model_dump(include=asked.model_fields_set)
+
+    def windows_of(recipe: EvaluationRecipe) -> Evaluation:
+        return evaluation_of(recipe, tokenizer, seqlen, config.vocab_size)
+
     if asked is not None and "source" in given:
-        return evaluation_of(asked, tokenizer, seqlen)
+        return windows_of(asked)
     if recorded is not None and protocol is not None:
         settings = (recorded.recipe or {}).get("evaluation")
         told = {"source": protocol.source, "max_windows": protocol.windows, **given}
         if isinstance(settings, Mapping):
             told = {**settings, **told}
-        found = _same_text(told, tokenizer, seqlen, protocol.sha256, note)
+        found = _same_text(told, windows_of, protocol.sha256, note)
         if found is not None:
             return found
-    windows = evaluation_of(EvaluationRecipe(**given), tokenizer, seqlen)
+    windows = windows_of(EvaluationRecipe(**given))
     note("the evaluation text is python-docs")
     return windows
 
 
 def _same_text(
-    told: Mapping[str, Any], tokenizer: object, seqlen: int, sha256: str | None, note: Callable[[str], None]
+    told: Mapping[str, Any],
+    windows_of: Callable[[EvaluationRecipe], Evaluation],
+    sha256: str | None,
+    note: Callable[[str], None],
 ) -> Evaluation | None:
     """Windows of the text that a report tells of, where it is still the same."""
     try:
         recipe = parse_recipe({"evaluation": told}, origin="the report").evaluation
-        windows = evaluation_of(recipe, tokenizer, seqlen)
+        windows = windows_of(recipe)
     except ReportedError as error:
-        note(f"the report's evaluation text is not at hand ({error.message})")
+        note(f"the report's evaluation text is not used ({error.message})")
         return None
     if windows.text.sha256 != sha256:
         note(f"the report's evaluation text {recipe.source} has changed since")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import onnx
 from bad_inputs import Bench, Spoil, cut, folder, nothing, write
+from tiny_checkpoints import make_tokenizer
 
 GRAPH, DATA = "out/sparse.onnx", "out/sparse.onnx.data"
 Refusal = tuple[str, int]
@@ -139,6 +140,16 @@ def _alone(bench: Bench) -> None:
     shutil.rmtree(bench.home / "out" / "sparse.hf")
 
 
+def _foreign_tokenizer(bench: Bench) -> None:
+    """Put a tokenizer beside the reference that counts on from what the embedding has."""
+    folder = bench.home / "out" / "sparse.hf"
+    make_tokenizer().save_pretrained(folder)
+    change = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = change["model"]["vocab"]
+    change["model"]["vocab"] = {token: place + 60 * (place > 2) for token, place in vocab.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(change), encoding="utf-8")
+
+
 def _altered_files() -> Iterator[BadExport]:
     """What the manifest finds."""
     cut_graph = ("E-ONNX-TRUNCATED", 3)
@@ -215,6 +226,8 @@ def _requests() -> Iterator[BadExport]:
     html = folder("r.html")
     yield asked("report on a folder", "E-OUTPUT-KIND", 6, "r.html", "--report", "{home}/r", spoil=html)
     yield asked("report of a long name", "E-OUTPUT-NOT-WRITABLE", 6, "aaa", "--report", "{home}/" + 300 * "a")
+    foreign, text = "E-TOKEN-OUT-OF-RANGE", ("--eval-data", "{home}/evaluation.jsonl")
+    yield asked("tokenizer of another model", foreign, 3, "104 rows", *text, spoil=_foreign_tokenizer)
     config = write("out/sparse.hf/config.json", "{")
     yield asked("reference without a config", "E-CONFIG-SYNTAX", 3, "config.json", spoil=config)
 

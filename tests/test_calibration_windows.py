@@ -225,9 +225,9 @@ def test_long_texts_are_cut_at_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tokens_beyond_the_embedding_are_refused() -> None:
-    """A vocabulary larger than the embedding is refused and the first such token named, whatever the text holds."""
+    """A vocabulary larger than the embedding is refused and the first such token named."""
     with pytest.raises(InputRefused, match=r"token 100 \(.*\), .* 100 rows") as refused:
-        cut(documents(20), vocab_rows=100)
+        refuse_tokenizer_beyond(make_tokenizer(), 100)
     assert refused.value.error_id == "E-TOKEN-OUT-OF-RANGE"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compressor.calibration.strict import strict_windows
 from compressor.calibration.text import TextSource, stretch_of
-from compressor.calibration.tokens import adds_bos, refuse_ids_beyond, refuse_tokenizer_beyond
+from compressor.calibration.tokens import adds_bos, refuse_ids_beyond
 from compressor.errors import InputRefused
 
 __all__ = ["Windows", "calibration_windows"]
@@ -73,13 +73,11 @@ def calibration_windows(
         vocab_rows: Rows of the model's embedding.
 
     Raises:
-        InputRefused: E-CALIBRATION-SHORT: the text does not fill two windows, or no document is longer than
-            one;
-            E-TOKEN-OUT-OF-RANGE: the tokenizer has tokens that the model has no row for.
+        InputRefused: E-CALIBRATION-SHORT: the text does not fill two windows, or no document is longer than one;
+            E-TOKEN-OUT-OF-RANGE: the text has tokens that the model has no row for.
     """
     if seqlen < 2:
         raise ValueError(f"a window needs at least 2 tokens, got {seqlen}")
-    refuse_tokenizer_beyond(tokenizer, vocab_rows)
     heldout = max(1, round(num_samples * heldout_share))
     if sampler == "strict":
         drawn = strict_windows(text, tokenizer, count=num_samples, heldout=heldout, seqlen=seqlen, seed=seed)
