@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compressor.devices import mixed_precision
 from compressor.errors import StoppedSafely
-from compressor.models.linears import IgnoreRules, PrunableMatrix, observe_inputs, prunable_matrices
+from compressor.linears import IgnoreRules, PrunableMatrix, observe_inputs, prunable_matrices
 from compressor.models.source import BlockSource
 from compressor.models.writer import CheckpointWriter
 from compressor.perplexities import PerplexityStreams, Version
@@ -34,25 +34,12 @@ from compressor.streams import Activations
 
 
 @dataclass(frozen=True)
-class WeightResult:
-    """One pruned matrix: ``block`` index, its name and its parameter's in the block, shape (out, in), zeros, note of
-    the pruner."""
-
-    block: int
-    name: str
-    parameter: str
-    shape: tuple[int, int]
-    zeros: int
-    note: str | None
-
-
-@dataclass(frozen=True)
 class BlockResult:
-    """One committed block; ``repaired`` is None without a repair."""
+    """One committed block: ``repaired`` is None without a repair, ``notes`` are the pruner's, one per matrix."""
 
     index: int
     repaired: Repaired | None
-    weights: tuple[WeightResult, ...]
+    notes: tuple[str, ...]
     elapsed_s: float
 
 
@@ -68,12 +55,7 @@ class PassResult:
     @property
     def notices(self) -> tuple[str, ...]:
         """What the pruner had to say, one line per matrix."""
-        return tuple(
-            f"block {weight.block}, {weight.name}: {weight.note}"
-            for block in self.blocks
-            for weight in block.weights
-            if weight.note
-        )
+        return tuple(note for block in self.blocks for note in block.notes)
 
 
 @dataclass
@@ -182,17 +164,19 @@ class BlockPass:
         matrices = prunable_matrices(block, f"{self._source.blocks_name}.{index}", self._ignore)
         self._evaluation.advance("dense", index, block)
         statistics, io = self._capture(index, block, matrices)
-        masks, weights = self._prune(index, block, matrices, statistics)
+        masks, notes = self._prune(index, block, matrices, statistics)
         del statistics
         self._evaluation.advance("pruned", index, block)
         repaired = self._repair_block(index, block, masks, io) if io is not None else None
+        if repaired is not None and repaired.masks is not None:
+            masks = {**masks, **repaired.masks}
         writer.commit(index, block, masks)  # rounds to the exported type, so what flows on is what ships
         for states in (self._calibration.sparse, self._calibration.sparse_heldout):
             advance(self._source, index, block, states)
         self._evaluation.advance("recovered", index, block)
         elapsed_s = time.perf_counter() - started
         self._tell_finished(index, repaired, elapsed_s)
-        return BlockResult(index, repaired, weights, elapsed_s)
+        return BlockResult(index, repaired, notes, elapsed_s)
 
     def _capture(
         self, index: int, block: nn.Module, matrices: list[PrunableMatrix]
@@ -228,6 +212,9 @@ class BlockPass:
             forward=lambda module, hidden: self._source.forward(index, module, hidden),
             device=self._device,
             amp_dtype=mixed_precision(self._device),
+            matrices=matrices,
+            pattern=self._pattern,
+            load_dense=lambda: self._source.load_block(index),
         )
 
     def _new_statistics(self, block: nn.Module, matrices: list[PrunableMatrix]) -> BlockStatistics | None:
@@ -240,11 +227,11 @@ class BlockPass:
 
     def _prune(
         self, index: int, block: nn.Module, matrices: list[PrunableMatrix], statistics: BlockStatistics | None
-    ) -> tuple[dict[str, Mask], tuple[WeightResult, ...]]:
-        """Masks by parameter; the block's weights become the pruner's."""
+    ) -> tuple[dict[str, Mask], tuple[str, ...]]:
+        """Masks by parameter, and the pruner's notes; the block's weights become the pruner's."""
         parameters = dict(block.named_parameters())
         masks: dict[str, Mask] = {}
-        results = []
+        notes = []
         for matrix in matrices:
             name = f"{self._source.blocks_name}.{index}.{matrix.name}"
             statistic = statistics[matrix.name] if statistics is not None else None
@@ -259,12 +246,8 @@ class BlockPass:
                 matrix.of(block).copy_(pruned.weight)
             if pruned.note:
                 self._progress(Notice(f"{name}: {pruned.note}"))
-            zeros = int((~pruned.mask).sum())
-            rows, columns = pruned.mask.shape
-            results.append(
-                WeightResult(index, matrix.name, matrix.parameter, (rows, columns), zeros, pruned.note)
-            )
-        return masks, tuple(results)
+                notes.append(f"block {index}, {matrix.name}: {pruned.note}")
+        return masks, tuple(notes)
 
     def _repair_block(self, index: int, block: nn.Module, masks: dict[str, Mask], io: BlockIO) -> Repaired:
         assert self._repair is not None

@@ -11,7 +11,7 @@ from torch import nn
 from compressor.delivery import CompressionResult, Delivery, Measured
 from compressor.devices import dtype_name
 from compressor.evaluation import Evaluation, evaluation_of, window_length
-from compressor.models.linears import IgnoreRules, prunable_matrices
+from compressor.linears import IgnoreRules, prunable_matrices
 from compressor.models.writer import CheckpointWriter
 from compressor.opening import OpenModel, open_model
 from compressor.perplexities import PerplexityStreams

@@ -17,7 +17,7 @@ from compressor.calibration.windows import Windows, calibration_windows
 from compressor.delivery import CompressionResult, Delivery, Measured
 from compressor.devices import dtype_name
 from compressor.evaluation import Evaluation, evaluation_of, window_length
-from compressor.models.linears import IgnoreRules
+from compressor.linears import IgnoreRules
 from compressor.models.source import BlockSource
 from compressor.models.writer import CheckpointWriter
 from compressor.opening import OpenModel, open_model

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from compressor.linears import PrunableMatrix
+from compressor.sparsity import Mask, SparsityPattern
 from compressor.streams import Activations
 
 
@@ -24,6 +26,9 @@ class BlockIO:
         device: Where the block is.
         amp_dtype: bfloat16 or float16 for mixed precision, ``None`` for float32.
         name: The block, for errors.
+        matrices: What the masks belong to, for methods that look at single matrices.
+        pattern: The zeros that the masks keep to, for methods that move masks.
+        load_dense: A copy of the block as it was before pruning, for methods that give weights back.
     """
 
     inputs: Activations
@@ -34,6 +39,9 @@ class BlockIO:
     device: torch.device
     amp_dtype: torch.dtype | None = None
     name: str = "the block"
+    matrices: Sequence[PrunableMatrix] = ()
+    pattern: SparsityPattern | None = None
+    load_dense: Callable[[], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class Repaired:
         lr: Peak learning rate.
         diverged: Whether a loss became NaN or infinite and the repair stopped there.
         elapsed_s: Wall time.
+        masks: New masks by parameter, of a method that moves them; ``None`` where they stayed frozen.
     """
 
     loss_before: float
@@ -63,6 +72,7 @@ class Repaired:
     lr: float
     diverged: bool
     elapsed_s: float
+    masks: Mapping[str, Mask] | None = None
 
     @property
     def relative_before(self) -> float:

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import UsageError
 from compressor.sparsity import Mask
-
-if TYPE_CHECKING:
-    from compressor.models.source import BlockSource
 
 __all__ = ["IgnoreRules", "PrunableMatrix", "observe_inputs", "prunable_matrices"]
 
@@ -56,6 +53,21 @@ class PrunableMatrix:
         return matrix.mT if self.transposed else matrix
 
 
+class NamedBlocks(Protocol):
+    """Blocks to look at, and the names of all that is no block; every block source is one."""
+
+    num_blocks: int
+    blocks_name: str
+
+    def block_structure(self, index: int) -> nn.Module:
+        """A block for looking at names and shapes only."""
+        ...
+
+    def rest_tensors(self) -> Mapping[str, Tensor]:
+        """What is stored of the model besides its blocks, by full name."""
+        ...
+
+
 @dataclass(frozen=True)
 class IgnoreRules:
     """Which matrices stay dense.
@@ -86,7 +98,7 @@ class IgnoreRules:
         """Whether the matrix of this full name stays dense."""
         return any(_matches(pattern, full_name) for pattern in self.patterns)
 
-    def check_all_matched(self, source: BlockSource) -> None:
+    def check_all_matched(self, source: NamedBlocks) -> None:
         """Look for something that every pattern matches, and for a matrix that none does.
 
         Raises:
