@@ -173,6 +173,7 @@ def read_recipe(source: str | Path | None, overrides: Mapping[str, Any] | None =
         if key in overrides and isinstance(tree.get("pruning"), dict):
             tree["pruning"].pop(other, None)
     for key, value in overrides.items():
+        check_key(key, "overrides")
         _set_dotted(tree, key, value)
     return parse_recipe(tree, str(source or "default"), overrides)
 
@@ -185,6 +186,7 @@ def read_overrides(overrides: Mapping[str, Any]) -> Recipe:
     """
     tree: dict[str, Any] = {}
     for key, value in overrides.items():
+        check_key(key, "overrides")
         _set_dotted(tree, key, value)
     return parse_recipe(tree, given=overrides)
 
@@ -254,6 +256,17 @@ def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
     node[leaf] = value
 
 
+def check_key(key: str, origin: str) -> None:
+    """Do nothing when a recipe can have the dotted ``key``; ``origin`` is who named it, for the message.
+
+    Raises:
+        UsageError: E-RECIPE-KEY: it cannot; the nearest known key is named.
+    """
+    known = list(recipe_keys())
+    if key not in known:
+        raise UsageError("E-RECIPE-KEY", f"{origin}: unknown key {key}", _suggestion(key, known))
+
+
 def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
     """Every dotted key that a recipe can have, sections included."""
     for name, field in model.model_fields.items():
@@ -271,7 +284,8 @@ def _usage_error(error: ValidationError, origin: str, given: Collection[str] = (
     while len(place) > 1 and ".".join(place) not in known and first["type"] != "extra_forbidden":
         place.pop()  # an index, or the name of one alternative of a union
     key = ".".join(place)
-    where = "" if key in given else f"{origin}: "
+    on_top = any(key == one or key.startswith(f"{one}.") for one in given)
+    where = "" if on_top else f"{origin}: "
     if first["type"] == "extra_forbidden":
         return UsageError("E-RECIPE-KEY", f"{where}unknown key {key}", _suggestion(key, known))
     if key == "pruning.sparsity":
@@ -307,5 +321,8 @@ def _suggestion(key: str, known: Sequence[str]) -> str:
         near = difflib.get_close_matches(leaf, leaves, n=1)
         if near:
             return f"did you mean {leaves[near[0]]}?"
-    names = ", ".join(other.rpartition(".")[2] for other in siblings)
-    return f"{section or 'a recipe'} has {names}"
+    sections = {other.rpartition(".")[0] for other in known}
+    while section not in sections:  # the whole recipe, "", is one
+        section = section.rpartition(".")[0]
+    names = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
+    return f"{section or 'a recipe'} has {', '.join(names)}"

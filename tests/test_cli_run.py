@@ -198,7 +198,8 @@ USAGE = [
     (["--set", "recovery.epochs"], "E-SET-SYNTAX", "KEY=VALUE"),
     (["--set", "recovery.epochs=[1"], "E-SET-SYNTAX", "[1"),
     (["--set", "recovery.epochs=2", "--epochs", "3"], "E-SET-TWICE", "recovery.epochs is set twice"),
-    (["--set", "recovery.epoch=2"], "E-RECIPE-KEY", "unknown key recovery.epoch"),
+    (["--set", "recovery.epoch=2"], "E-RECIPE-KEY", "--set: unknown key recovery.epoch"),
+    (["--set", "foo.bar=1"], "E-RECIPE-KEY", "--set: unknown key foo.bar"),
     (["--recipe", "defualt"], "E-RECIPE-NOT-FOUND", "defualt"),
     (["--sparsty", "0.5"], "E-USAGE", "--sparsty"),
 ]

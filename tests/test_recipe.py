@@ -163,6 +163,29 @@ def test_recipe_wrong_override_is_not_blamed_on_the_file() -> None:
     with pytest.raises(UsageError, match=r"^E-RECIPE-VALUE: recovery\.epochs: Input") as refused:
         read_recipe("ebft-paper", {"recovery.epochs": 0})
     assert "ebft-paper" not in refused.value.message
+    with pytest.raises(UsageError, match=r"recovery\.probe\.blocks: Input") as refused:
+        read_recipe("ebft-paper", {"recovery.probe": {"blocks": 0}})
+    assert "ebft-paper" not in refused.value.message
+
+
+UNKNOWN = [
+    ("foo.bar", "a recipe has pruning, recovery, calibration, evaluation, export, gates, seed"),
+    ("prunning.sparsity", "did you mean pruning.sparsity?"),
+    ("gates.foo.bar", "gates has max_abs_error"),
+]
+
+
+@pytest.mark.parametrize(("key", "remedy"), UNKNOWN)
+@pytest.mark.parametrize("read", [read_overrides, lambda overrides: read_recipe("ebft-paper", overrides)])
+def test_recipe_unknown_override_is_not_blamed_on_the_file(read: Any, key: str, remedy: str) -> None:
+    """A key that no recipe has is told whole, as it was given, with what is at hand there."""
+    with pytest.raises(UsageError) as refused:
+        read({key: 1})
+    assert (refused.value.error_id, refused.value.message) == (
+        "E-RECIPE-KEY",
+        f"overrides: unknown key {key}",
+    )
+    assert refused.value.remedy.startswith(remedy)
 
 
 def test_recipe_override_below_a_value_is_refused() -> None:

@@ -367,9 +367,11 @@ def recipe_overrides(
     """Dotted key to value from ``--set key=value`` texts and flags; the values of ``--set`` are YAML.
 
     Raises:
-        UsageError: A text is no assignment, its value is no YAML, or a key is set twice.
+        UsageError: A text is no assignment, its value is no YAML, its key is unknown or set twice.
     """
     import yaml
+
+    from compressor.recipe import check_key
 
     chosen: dict[str, Any] = dict(flags)
     if seed is not None:
@@ -380,6 +382,7 @@ def recipe_overrides(
             raise UsageError(
                 "E-SET-SYNTAX", f"--set needs KEY=VALUE, got {text!r}", "write --set recovery.epochs=5"
             )
+        check_key(key, "--set")
         if key in chosen:
             raise UsageError(
                 "E-SET-TWICE", f"{key} is set twice", "give it once, by --set or by its own option"
