@@ -123,7 +123,7 @@ class Delivery:
         self._notices.extend(notices)
         for message in shortfalls(measured.perplexities, self._subject.target_sparsity, self._masks):
             self._notices.append(message)
-            self._progress(Notice(message))
+            self._progress(Notice(message, shortfall=True))
         with self._measure.stage("export"):
             self._progress(StageStarted("export"))
             manifest = self._export()

@@ -78,6 +78,7 @@ class Notice:
     """Something the user should know that is not an error."""
 
     message: str
+    shortfall: bool = False  # the result is less than what was asked for
 
 
 Event = RunStarted | TextReady | LearningRateChosen | BlockProgress | BlockFinished | StageStarted | Notice

@@ -35,6 +35,7 @@ EVENTS = (
     BlockFinished(0, 2, 0.0412, 0.0087, 290, 320, 11.0),
     BlockFinished(1, 2, 0.0512, 0.0107, 0, 320, 11.0),
     Notice("expert 3 saw no token"),
+    Notice("45.00 % of the pruned weights are zero, not 50 %", shortfall=True),
     StageStarted("export"),
     StageStarted("validate"),
 )

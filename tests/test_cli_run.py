@@ -92,7 +92,8 @@ def test_cli_run_progress_lines_have_time_and_level(
     assert lines[6] == ["INFO", f"block          1/2  loss 0.0412 → 0.0087 {best}  11.0 s · 11.0 s left"]
     assert lines[7] == ["INFO", "block          2/2  loss 0.0512 → 0.0107 (best at step 0 of 320)  11.0 s"]
     assert lines[8:] == [
-        ["WARNING", "note           expert 3 saw no token"],
+        ["INFO", "note           expert 3 saw no token"],
+        ["WARNING", "warning        45.00 % of the pruned weights are zero, not 50 %"],
         ["INFO", "export"],
         ["INFO", "validate"],
     ]

@@ -48,7 +48,7 @@ class PlainDisplay:
         left = ""
         if isinstance(event, (BlockProgress, BlockFinished)):
             left = self._remaining.after(event)
-        level = "WARNING" if isinstance(event, Notice) else "INFO"
+        level = "WARNING" if isinstance(event, Notice) and event.shortfall else "INFO"
         for text in describe(event):
             self._write(level, f"{text} · {left}" if left else text)
 

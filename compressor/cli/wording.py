@@ -42,7 +42,7 @@ def describe(event: Event) -> list[str]:
     if isinstance(event, StageStarted):
         return [labelled(event.name, event.detail)]
     if isinstance(event, Notice):
-        return [labelled("note", event.message)]
+        return [labelled("warning" if event.shortfall else "note", event.message)]
     return []
 
 
