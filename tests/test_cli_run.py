@@ -8,14 +8,13 @@ import logging
 import os
 import shlex
 import signal
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
-from cli_fakes import FakePipeline, Terminal, TerminalStream, install, report_with
+from cli_fakes import FakePipeline, Terminal, install, report_with
 
 from compressor import errors
 from compressor.cli.failures import Interrupted
@@ -422,66 +421,14 @@ def test_cli_run_leaves_logging_as_it_was(terminal: Terminal, fake: FakePipeline
 
 
 def test_cli_run_verbose_shows_what_libraries_log(terminal: Terminal, fake: FakePipeline, out: Path) -> None:
-    """With -v a log record reaches stderr, with time and level; without, only the log file."""
-    fake.during = lambda _: logging.getLogger("some.library").warning("something odd")
-    assert "WARNING some.library: something odd" in terminal.run("run", "model", "--out", out, "-v").err
-    assert "something odd" not in terminal.run("run", "model", "--out", out).err
+    """With -v a warning reaches stderr, with time and level, with -vv any record; without, only the log file."""
 
+    def log(_: object) -> None:
+        logging.getLogger("some.library").warning("something odd")
+        logging.getLogger("some.library").info("something usual")
 
-def live_text(
-    fake: FakePipeline, out: Path, monkeypatch: pytest.MonkeyPatch, terminal: Terminal, *more: str
-) -> str:
-    """What a terminal of 120 columns gets on stderr."""
-    stream = TerminalStream()
-    monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "120")
-    fake.during = lambda options: options["stop"]()
-    assert terminal.run("run", "model", "--out", out, *more).code == 0
-    return stream.getvalue()
-
-
-def test_cli_run_terminal_has_a_live_line(
-    terminal: Terminal, fake: FakePipeline, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a terminal there is a bar that moves, settled facts above it, and no time stamps."""
-    text = live_text(fake, out, monkeypatch, terminal)
-    assert "calibration    python-docs, 112 windows × 256 tokens" in text
-    assert "blocks         2 of 2 in 22.0 s · the last: loss 0.0512 → 0.0107" in text
-    assert "\x1b[" in text  # the live line goes back
-    assert " INFO " not in text
-
-
-def test_cli_run_no_color_is_honoured(
-    terminal: Terminal, fake: FakePipeline, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """NO_COLOR takes the colours away, from the live line and from errors."""
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert "\x1b[3" not in live_text(fake, out, monkeypatch, terminal).replace("\x1b[3A", "")
-    fake.error = ZeroDivisionError()
-    stream = TerminalStream()
-    monkeypatch.setattr(sys, "stderr", stream)
-    terminal.run("run", "model", "--out", out, "-q")
-    assert stream.getvalue().startswith("E-INTERNAL  ")
-
-
-def test_cli_run_dumb_terminal_gets_plain_lines(
-    terminal: Terminal, fake: FakePipeline, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A terminal that cannot move its cursor is treated like a file."""
-    stream = TerminalStream()
-    monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setenv("TERM", "dumb")
-    terminal.run("run", "model", "--out", out)
-    assert "\x1b" not in stream.getvalue()
-    assert " INFO " in stream.getvalue()
-
-
-def test_cli_errors_are_red_on_a_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The id stands out where colours show."""
-    stream = TerminalStream()
-    monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    terminal.run("rnu")
-    assert stream.getvalue().startswith("\x1b[31m\x1b[1mE-USAGE\x1b[0m  no command 'rnu'")
+    fake.during = log
+    shown = {flag: terminal.run("run", "model", "--out", out, flag).err for flag in ("--force", "-v", "-vv")}
+    assert ["something odd" in text for text in shown.values()] == [False, True, True]
+    assert ["something usual" in text for text in shown.values()] == [False, False, True]
+    assert "WARNING some.library: something odd" in shown["-v"]

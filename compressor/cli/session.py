@@ -70,7 +70,8 @@ def open_session(command: str, *, quiet: bool, verbosity: int) -> Iterator[Sessi
     Args:
         command: Name of the command, for the log file.
         quiet: Show no progress.
-        verbosity: 1 shows every block and the warnings of libraries, 2 all that libraries log.
+        verbosity: 1 shows what libraries warn of, and on a terminal a line per block (elsewhere there always is
+            one); 2 shows what libraries log from INFO up.
 
     Raises:
         UsageError: The installation is damaged.
