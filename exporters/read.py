@@ -54,7 +54,7 @@ def read_model(path: Path) -> OnnxFile:
     """The model in ``path``; values are read when a constant is asked for them.
 
     Raises:
-        ExportError: E-ONNX-MISSING, E-ONNX-TRUNCATED, E-ONNX-CORRUPT, E-ONNX-TOO-LARGE,
+        ExportError: E-ONNX-NOT-FOUND, E-ONNX-TRUNCATED, E-ONNX-CORRUPT, E-ONNX-TOO-LARGE,
             E-ONNX-TENSOR-MALFORMED, E-ONNX-SPARSE-INDICES, E-ONNX-DATA-* (see ``exporters.external``).
     """
     path = Path(path)
@@ -78,7 +78,7 @@ def _open(path: Path) -> BinaryIO:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise ExportError(
-            "E-ONNX-MISSING", f"{path}: {error.strerror or error}", "give the path of an .onnx file"
+            "E-ONNX-NOT-FOUND", f"{path}: {error.strerror or error}", "give the path of an .onnx file"
         ) from error
     refused = _refusal(path, os.fstat(descriptor))
     if refused is not None:
@@ -90,7 +90,9 @@ def _open(path: Path) -> BinaryIO:
 def _refusal(path: Path, status: os.stat_result) -> ExportError | None:
     """Why the file at ``path`` cannot be a model, from its type and size alone."""
     if not stat.S_ISREG(status.st_mode):
-        return ExportError("E-ONNX-MISSING", f"{path}: not a regular file", "give the path of an .onnx file")
+        return ExportError(
+            "E-ONNX-NOT-FOUND", f"{path}: not a regular file", "give the path of an .onnx file"
+        )
     if status.st_size == 0:
         return ExportError("E-ONNX-TRUNCATED", f"{path}: the file is empty", "copy it again, or export again")
     if status.st_size > MAX_MODEL_BYTES:

@@ -198,12 +198,12 @@ def _broken_files() -> Iterator[BadExport]:
 
 def _requests() -> Iterator[BadExport]:
     """What is wrong with the call."""
-    absent = ("E-ONNX-NOT-FOUND", 3), ("E-ONNX-MISSING", 3)
-    yield BadExport("no such file", *absent, "no.onnx", path="{home}/no.onnx")
-    yield BadExport("folder without a model", *absent, "model.onnx", path="{model}")
-    yield BadExport("file of a long name", *absent, "aaa", path="{home}/" + 300 * "a" + ".onnx")
-    yield BadExport("pipe as file", *absent, "sparse.onnx", _pipe(GRAPH))
-    yield BadExport("file of another kind", absent[0], None, ".onnx", path="{home}/calibration.jsonl")
+    absent = "E-ONNX-NOT-FOUND", 3
+    yield BadExport("no such file", absent, absent, "no.onnx", path="{home}/no.onnx")
+    yield BadExport("folder without a model", absent, absent, "model.onnx", path="{model}")
+    yield BadExport("file of a long name", absent, absent, "aaa", path="{home}/" + 300 * "a" + ".onnx")
+    yield BadExport("pipe as file", absent, absent, "sparse.onnx", _pipe(GRAPH))
+    yield BadExport("file of another kind", absent, None, ".onnx", path="{home}/calibration.jsonl")
 
     def asked(
         name: str, error_id: str, code: int, says: str, *options: str, spoil: Spoil = nothing

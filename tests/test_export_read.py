@@ -270,7 +270,7 @@ def test_absent_file_folder_and_pipe_are_refused(tmp_path: Path) -> None:
     """Without a regular file at the path there is no model, and nothing waits for one."""
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "absent.onnx", tmp_path, tmp_path / "pipe"):
-        assert refusal(path) == "E-ONNX-MISSING"
+        assert refusal(path) == "E-ONNX-NOT-FOUND"
 
 
 def test_file_beyond_protobuf_is_refused(tmp_path: Path) -> None:
