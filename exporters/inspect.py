@@ -28,7 +28,7 @@ class WeightRow:
 
     Attributes:
         name: Initializer name.
-        shape: Shape as stored.
+        shape: Shape as stored, for a linear's weight often (in, out) where PyTorch has (out, in).
         dtype: Numpy's name of the type.
         encoding: How it is stored.
         nnz: Elements that are not zero.
@@ -37,8 +37,8 @@ class WeightRow:
         pattern_axis: Axis along which the pattern holds, -1 or -2; None without a pattern.
         input_axis: Axis along which the linear's inputs run, -1 or -2; None where the graph does not tell.
         stored_bytes: Bytes in the files, header included.
-        bytes_by_encoding: Exact bytes for ``dense``, ``sparse`` (absent where not possible) and ``bitmask``;
-            for the encoding in use the bytes found.
+        bytes_by_encoding: Exact bytes for ``dense``, ``sparse`` (absent where not possible) and ``bitmask``
+            (hypothetical: no stock tool reads it); for the encoding in use the bytes found.
     """
 
     name: str

@@ -12,7 +12,7 @@ import pytest
 from cli_fakes import Terminal, TerminalStream
 from onnx_samples import pruned_matrix, weight_of, write_product
 
-HEADER = ["weight", "shape", "type", "stored", "nnz", "sparsity", "N:M"]
+HEADER = ["weight", "ONNX", "shape", "type", "stored", "nnz", "sparsity", "N:M"]
 
 
 @pytest.fixture
@@ -36,11 +36,21 @@ def test_cli_inspect_prints_a_row_per_weight(terminal: Terminal, onnx: Path) -> 
     ended = terminal.run("inspect", onnx)
     assert ended.code == 0
     lines = ended.out.splitlines()
-    assert lines[0].split()[:7] == HEADER
+    assert lines[0].split()[:8] == HEADER
     assert lines[1].split()[:7] == ["blocks.2.weight", "64×48", "float32", "sparse", "768", "75.00", "%"]
     assert lines[2].split()[:7] == ["blocks.10.weight", "48×8", "float32", "dense", "384", "0.00", "%"]
     assert "weights        2 (1 dense, 1 sparse) · 66.67 % zeros · " in ended.out
-    assert lines[4].startswith("files          model.onnx ")
+    assert lines[6].startswith("files          model.onnx ")
+
+
+def test_cli_inspect_says_what_is_hypothetical(terminal: Terminal, onnx: Path) -> None:
+    """Whose shape the table has, and that no file can be stored as a bitmask, stands below it."""
+    lines = terminal.run("inspect", onnx).out.splitlines()
+    assert lines[0].endswith("(if bitmask)")
+    assert lines[4].startswith("ONNX shape     as the graph stores it")
+    assert "PyTorch's (out, in)" in lines[4]
+    assert lines[5].startswith("(if bitmask)   hypothetical")
+    assert lines[8].endswith(" bitmask, hypothetical)")
 
 
 def test_cli_inspect_takes_a_folder(terminal: Terminal, onnx: Path) -> None:

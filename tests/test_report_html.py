@@ -192,6 +192,13 @@ def test_report_page_escapes_every_name() -> None:
     assert HOSTILE in " ".join(page.text)
 
 
+def test_report_page_says_whose_shape_it_shows() -> None:
+    """The graph stores other layouts than PyTorch, so the column names PyTorch."""
+    texts = read_page(page_of("whole")).text
+    assert "PyTorch shape" in texts
+    assert "Shape" not in texts
+
+
 def test_report_page_draws_names_in_any_script() -> None:
     """Names that matplotlib's own font cannot draw raise no warning and stay whole."""
     weights = tuple(row.model_copy(update={"name": "混合.専門家"}) for row in weight_rows(1)[:1])

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "weight",
-    "shape",
+    "ONNX shape",
     "type",
     "stored",
     "nnz",
@@ -27,8 +27,10 @@ COLUMNS = (
     "N:M",
     "if dense",
     "if sparse",
-    "if bitmask",
+    "(if bitmask)",
 )
+SHAPE_NOTE = "as the graph stores it, a linear's often (in, out); the report has PyTorch's (out, in)"
+BITMASK_NOTE = "hypothetical, one bit per weight and the values kept: stock ONNX has no such form"
 LEFT = 4  # columns of text, aligned to the left; the others are figures
 
 
@@ -48,7 +50,8 @@ def command(path: str, as_json: bool, verbosity: int, quiet: bool) -> int:
         if as_json:
             text = json.dumps(inspection.to_json(), indent=1, ensure_ascii=False)
         else:
-            text = "\n".join([*([] if quiet else [_table(inspection), ""]), *_totals(inspection)])
+            rows = [] if quiet else [_table(inspection), "", *_notes()]
+            text = "\n".join([*rows, *_totals(inspection)])
         session.result(text)
     return 0
 
@@ -115,13 +118,23 @@ def _drawn(rows: list[tuple[str, ...]]) -> str:
     return capture.get().rstrip()
 
 
+def _notes() -> list[str]:
+    """What two columns of the table mean."""
+    from compressor.cli.wording import labelled
+
+    return [labelled("ONNX shape", SHAPE_NOTE), labelled("(if bitmask)", BITMASK_NOTE)]
+
+
 def _totals(inspection: Inspection) -> list[str]:
     from compressor.cli.wording import labelled
     from compressor.report.units import byte_size, percent
 
     stored = inspection.tensors_by_encoding
     files = ", ".join(f"{name} {byte_size(size)}" for name, size in inspection.file_bytes.items())
-    forms = ", ".join(f"{byte_size(size)} {kind}" for kind, size in inspection.bytes_by_encoding.items())
+    forms = ", ".join(
+        f"{byte_size(size)} {kind}" if kind != "bitmask" else f"({byte_size(size)} {kind}, hypothetical)"
+        for kind, size in inspection.bytes_by_encoding.items()
+    )
     kinds = ", ".join(f"{count} {kind}" for kind, count in stored.items() if count)
     return [
         labelled("files", files),

@@ -167,7 +167,10 @@ class LoadFacts(_Part):
 
 
 class WeightRow(_Part):
-    """One pruned weight. ``name`` is unique in its block; ``name[3]`` is expert 3 of a fused parameter."""
+    """One pruned weight. ``name`` is unique in its block; ``name[3]`` is expert 3 of a fused parameter.
+
+    ``shape`` is PyTorch's; the ONNX graph may store the transposed matrix.
+    """
 
     block: int
     name: str
