@@ -263,15 +263,12 @@ class BlockPass:
         return self._repair(block, masks, io, recovery, lr=chosen.lr, seed=seed, progress=told)
 
     def _tell_finished(self, index: int, repaired: Repaired | None, elapsed_s: float) -> None:
-        loss_before, loss_after = (
-            (repaired.loss_before, repaired.loss_after) if repaired else (float("nan"),) * 2
-        )
         self._progress(
             BlockFinished(
                 index=index,
                 total=self._source.num_blocks,
-                loss_before=loss_before,
-                loss_after=loss_after,
+                loss_before=repaired.loss_before if repaired else None,
+                loss_after=repaired.loss_after if repaired else None,
                 best_step=repaired.best_step if repaired else 0,
                 steps=repaired.steps if repaired else 0,
                 elapsed_s=elapsed_s,

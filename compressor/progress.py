@@ -54,12 +54,12 @@ class BlockProgress:
 
 @dataclass(frozen=True)
 class BlockFinished:
-    """A block is committed. Losses are held-out mean squared errors of the block's output."""
+    """A block is committed. Losses are held-out mean squared errors of the block's output; None without a repair."""
 
     index: int
     total: int
-    loss_before: float
-    loss_after: float
+    loss_before: float | None
+    loss_after: float | None
     best_step: int
     steps: int
     elapsed_s: float

@@ -100,7 +100,7 @@ def test_cli_run_progress_lines_have_time_and_level(
 
 def test_cli_run_block_without_a_repair_has_no_loss() -> None:
     """Where nothing was repaired nothing is said of a loss."""
-    unrepaired = BlockFinished(0, 2, float("nan"), float("nan"), 0, 0, 1.5)
+    unrepaired = BlockFinished(0, 2, None, None, 0, 0, 1.5)
     assert describe(unrepaired) == ["block          1/2  1.50 s"]
 
 

@@ -79,7 +79,7 @@ def block_line(event: BlockFinished) -> str:
 
 def losses_of(event: BlockFinished) -> str:
     """``loss 0.0412 → 0.0087 (best at step 290 of 320)``; "" when nothing was repaired."""
-    if not event.steps:
+    if not event.steps or event.loss_before is None:
         return ""
     best = f"(best at step {event.best_step} of {event.steps})"
     return f"loss {number(event.loss_before)} → {number(event.loss_after)} {best}"
