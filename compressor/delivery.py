@@ -99,7 +99,7 @@ class Delivery:
         self._recipe = recipe
         self._measure = measure
         self._progress = progress
-        self._notices: list[str] = []
+        self._versions = installed_versions()
         self._masks = read_masks(hf_folder / MASKS_NAME)
 
     def deliver(
@@ -120,9 +120,8 @@ class Delivery:
             require: Names of checks that must not be skipped.
             notices: What was told already and belongs into the report.
         """
-        self._notices.extend(notices)
-        for message in shortfalls(measured.perplexities, self._subject.target_sparsity, self._masks):
-            self._notices.append(message)
+        lacking = shortfalls(measured.perplexities, self._subject.target_sparsity, self._masks)
+        for message in lacking:
             self._progress(Notice(message, shortfall=True))
         with self._measure.stage("export"):
             self._progress(StageStarted("export"))
@@ -132,7 +131,8 @@ class Delivery:
             with self._measure.stage("validate"):
                 self._progress(StageStarted("validate"))
                 validation = self._validate(measured, provider, require)
-        report = self._report(measured, manifest, validation)
+        told = (*notices, *lacking, *(validation.notices if validation is not None else ()))
+        report = self._report(measured, manifest, validation, told)
         write_report(report, self._plan.report_json, self._plan.report_html)
         self._progress(StageStarted("publish"))
         self._staging.publish()
@@ -169,9 +169,8 @@ class Delivery:
 
     def _metadata(self) -> dict[str, str]:
         facts = self._subject.facts
-        versions = installed_versions()
         return {
-            "blockpress.version": versions.get("blockpress", "unknown"),
+            "blockpress.version": self._versions.get("blockpress", "unknown"),
             "blockpress.source": facts.name,
             "blockpress.revision": facts.revision or "",
             "blockpress.recipe_sha256": self._recipe.digest(),
@@ -211,7 +210,13 @@ class Delivery:
             trust_remote_code=self._subject.trust_remote_code,
         )
 
-    def _report(self, measured: Measured, manifest: Manifest, validation: ValidationReport | None) -> Report:
+    def _report(
+        self,
+        measured: Measured,
+        manifest: Manifest,
+        validation: ValidationReport | None,
+        notices: tuple[str, ...],
+    ) -> Report:
         subject, passed = self._subject, measured.passed
         masks = {name: torch.from_numpy(mask) for name, mask in self._masks.items()}
         kept = sum(int(mask.sum()) for mask in masks.values())
@@ -219,8 +224,6 @@ class Delivery:
         onnx_bytes = self._plan.onnx.stat().st_size + self._plan.data.stat().st_size
         element_bytes = torch.empty(0, dtype=subject.dtype).element_size()
         parameters = subject.facts.parameters
-        if validation is not None:
-            self._notices.extend(validation.notices)
         return Report(
             command=subject.command,
             output=self._plan.onnx.name,
@@ -251,12 +254,12 @@ class Delivery:
             learning_rate=None if passed is None else learning_rate_facts(passed),
             recipe=self._recipe.model_dump(mode="json"),
             device=str(subject.device),
-            versions=installed_versions(),
+            versions=self._versions,
             load=load_facts(manifest, validation),
             timings={**self._measure.timings, **stage_seconds(validation)},
             peak_memory_bytes=PeakMemory(host=peak_host_bytes(), device=peak_device_bytes()),
             manifest=manifest_facts(manifest),
-            notices=tuple(self._notices),
+            notices=notices,
         )
 
 

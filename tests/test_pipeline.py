@@ -152,6 +152,20 @@ def test_pipeline_events_tell_the_run_from_start_to_end(workshop: Workshop) -> N
     assert stages == ["open", "export", "validate", "publish"]
 
 
+def test_pipeline_events_and_notices_tell_of_a_shortfall_once(workshop: Workshop, tmp_path: Path) -> None:
+    """A share rounded down to whole weights is told as a shortfall; no event holds a figure that was not measured."""
+    events: list[Event] = []
+    recipe = workshop.recipe(recovery__method="none", pruning__sparsity=0.51)
+    result = compress(
+        workshop.model, tmp_path / "sparse.onnx", recipe, validate=False, progress=events.append
+    )
+    (told,) = [event.message for event in events if isinstance(event, Notice) and event.shortfall]
+    assert "are zero, not 51 %" in told
+    assert result.report["notices"].count(told) == 1
+    blocks = [event for event in events if isinstance(event, BlockFinished)]
+    assert [(event.loss_before, event.loss_after) for event in blocks] == [(None, None)] * 2
+
+
 def test_pipeline_prints_nothing_and_leaves_the_random_state(
     workshop: Workshop, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
