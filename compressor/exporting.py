@@ -21,8 +21,8 @@ from compressor.run.measure import Measure
 from compressor.run.output import reserve_output
 from compressor.run.publish import Staging
 from compressor.sparsity import Mask
-from compressor.validation import check_required
 from validators.session import check_provider
+from validators.validate import check_required
 
 # A trained dense matrix has hardly any exact zero; fewer than this share are chance, not pruning.
 PRUNED_SHARE = 0.05

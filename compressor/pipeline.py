@@ -28,8 +28,8 @@ from compressor.run.measure import Measure
 from compressor.run.output import reserve_output
 from compressor.run.publish import Staging
 from compressor.sparsity import SparsityPattern
-from compressor.validation import check_required
 from validators.session import check_provider
+from validators.validate import check_required
 
 DEFAULT_SPARSITY = 0.5
 

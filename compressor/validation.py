@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from compressor.errors import InputRefused, ReportedError, UsageError
+from compressor.errors import InputRefused, ReportedError
 from compressor.evaluation import Evaluation, evaluation_of, window_length
 from compressor.models.checkpoint import open_checkpoint, open_tokenizer
 from compressor.models.source import max_seqlen
@@ -23,10 +23,10 @@ from compressor.progress import Notice, Progress, StageStarted, TextReady, silen
 from compressor.recipe import EvaluationRecipe, GatesRecipe, parse_recipe
 from compressor.report.schema import Report, read_report
 from compressor.run.output import OutputPlan, name_output
-from validators.checks import CHECK_NAMES, Gates, ValidationReport
+from validators.checks import Gates, ValidationReport
 from validators.request import ValidationRequest
 from validators.session import check_provider
-from validators.validate import validate
+from validators.validate import check_required, validate
 
 REFERENCE_FACTORY = "compressor.models.reference:load_reference"
 
@@ -55,19 +55,6 @@ class ValidationOutcome:
 def gates_of(recipe: GatesRecipe) -> Gates:
     """The validator's gates for a recipe's."""
     return Gates(**recipe.model_dump())
-
-
-def check_required(require: Sequence[str]) -> None:
-    """Do nothing when every name is a check.
-
-    Raises:
-        UsageError: A name is none.
-    """
-    for name in require:
-        if name not in CHECK_NAMES:
-            raise UsageError(
-                "E-CHECK-NAME", f"there is no check named {name}", f"checks are {', '.join(CHECK_NAMES)}"
-            )
 
 
 def validate_export(

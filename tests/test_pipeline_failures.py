@@ -10,7 +10,7 @@ import tiny_models
 from safetensors.numpy import load_file, save_file
 from workshop import FILE_PRODUCTS, Workshop, contents, names_in
 
-from compressor import compress
+from compressor import ReportedError, compress
 from compressor.errors import InputRefused, OutputRefused, StoppedSafely, UsageError
 from compressor.report.schema import read_report
 from exporters.masks import read_masks
@@ -123,6 +123,6 @@ def test_pipeline_ignore_pattern_without_a_match_is_refused(workshop: Workshop, 
 
 def test_pipeline_required_check_must_exist(workshop: Workshop, tmp_path: Path) -> None:
     """The name of a check that there is not is refused before any work."""
-    with pytest.raises(UsageError) as refusal:
+    with pytest.raises(ReportedError, match="no check named parity") as refusal:
         compress(workshop.model, tmp_path / "sparse.onnx", workshop.recipe(), require=("parity",))
-    assert refusal.value.error_id == "E-CHECK-NAME"
+    assert (refusal.value.error_id, refusal.value.exit_code) == ("E-CHECK-NAME", 2)

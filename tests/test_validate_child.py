@@ -162,7 +162,7 @@ def test_child_ends_when_its_parent_is_gone(export: ToyExport, tmp_path: Path) -
     ("changes", "error_id"),
     [
         ({"manifest_path": None, "masks_path": None, "reference_factory": None}, "E-VALIDATE-NOTHING"),
-        ({"require": ("parity", "masks")}, "E-VALIDATE-REQUIRE"),
+        ({"require": ("parity", "masks")}, "E-CHECK-NAME"),
         ({"pattern": "half"}, "E-VALIDATE-PATTERN"),
     ],
 )

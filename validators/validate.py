@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -47,7 +47,7 @@ def validate(request: ValidationRequest, on_progress: OnProgress | None = None) 
 
     Raises:
         ValidationUsageError: E-VALIDATE-NOTHING: nothing to compare with and not ``structure_only``;
-            E-VALIDATE-REQUIRE, E-VALIDATE-PATTERN: the request names what there is not.
+            E-CHECK-NAME, E-VALIDATE-PATTERN: the request names what there is not.
         ReportedError: Whatever the examination refused, with its own id and exit code.
         ValidationError: E-VALIDATE-CRASHED: native code crashed on the file.
         ValidationResourceError: E-VALIDATE-MEMORY, E-VALIDATE-TIMEOUT.
@@ -58,19 +58,26 @@ def validate(request: ValidationRequest, on_progress: OnProgress | None = None) 
         return child.report(on_progress or ignore)
 
 
+def check_required(require: Sequence[str]) -> None:
+    """Do nothing when every name is a check.
+
+    Raises:
+        ValidationUsageError: E-CHECK-NAME: a name is none.
+    """
+    for name in require:
+        if name not in CHECK_NAMES:
+            raise ValidationUsageError(
+                "E-CHECK-NAME", f"there is no check named {name}", f"checks are {', '.join(CHECK_NAMES)}"
+            )
+
+
 def check_request(request: ValidationRequest) -> None:
     """Refuse what cannot be carried out, before any work.
 
     Raises:
         ValidationUsageError: See ``validate``.
     """
-    unknown = [name for name in request.require if name not in CHECK_NAMES]
-    if unknown:
-        raise ValidationUsageError(
-            "E-VALIDATE-REQUIRE",
-            f"there is no check {unknown[0]!r}",
-            f"the checks are {', '.join(CHECK_NAMES)}",
-        )
+    check_required(request.require)
     if request.pattern is not None and re.fullmatch(r"\s*\d+\s*:\s*[1-9]\d*\s*", request.pattern) is None:
         raise ValidationUsageError(
             "E-VALIDATE-PATTERN", f"a pattern is N:M, got {request.pattern!r}", "give a pattern such as 2:4"
