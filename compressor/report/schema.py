@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal
@@ -25,6 +24,7 @@ from pydantic import (
 )
 
 from compressor.errors import InputRefused
+from compressor.report.nonfinite import finite_tree, restore_numbers
 
 SCHEMA_VERSION = 1
 
@@ -34,7 +34,6 @@ STATEMENT = (
 )
 
 _MAX_REPORT_BYTES = 256 * 2**20
-_NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def portable_name(source: str) -> str:
@@ -259,10 +258,8 @@ class Report(_Part):
 
     def tree(self) -> dict[str, Any]:
         """The report as JSON-ready dicts and lists, with ``nonfinite`` as its last key."""
-        nonfinite: dict[str, str] = {}
-        tree: dict[str, Any] = _finite(self.model_dump(), "", nonfinite)
-        tree["nonfinite"] = nonfinite
-        return tree
+        tree, nonfinite = finite_tree(self.model_dump())
+        return {**tree, "nonfinite": nonfinite}
 
     def to_json(self) -> str:
         """The report as indented JSON, valid by RFC 8259 whatever was measured."""
@@ -277,10 +274,7 @@ class Report(_Part):
         """
         fields = copy.deepcopy(dict(tree))
         nonfinite = fields.pop("nonfinite", {})
-        if not isinstance(nonfinite, dict):
-            raise ValueError("nonfinite: not a mapping from place to number")
-        for pointer, number in nonfinite.items():
-            _restore(fields, pointer, number)
+        restore_numbers(fields, nonfinite)
         return cls.model_validate(fields)
 
 
@@ -321,34 +315,3 @@ def _with_portable_source(settings: Any) -> Any:
     if isinstance(settings, Mapping) and isinstance(settings.get("source"), str):
         return {**settings, "source": portable_name(settings["source"])}
     return settings
-
-
-def _finite(value: Any, pointer: str, nonfinite: dict[str, str]) -> Any:
-    """``value`` as JSON-ready containers; a non-finite number becomes None, noted under its pointer."""
-    if isinstance(value, Mapping):
-        return {
-            str(key): _finite(item, f"{pointer}/{_escape(str(key))}", nonfinite)
-            for key, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [_finite(item, f"{pointer}/{index}", nonfinite) for index, item in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        nonfinite[pointer] = "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-        return None
-    return value
-
-
-def _restore(tree: Any, pointer: str, number: str) -> None:
-    """Put a non-finite number back where ``pointer`` says."""
-    try:
-        *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:]]
-        for part in parents:
-            tree = tree[int(part)] if isinstance(tree, list) else tree[part]
-        tree[int(last) if isinstance(tree, list) else last] = _NONFINITE[number]
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        raise ValueError(f"nonfinite: {pointer!r} points to no number") from None
-
-
-def _escape(key: str) -> str:
-    """One JSON Pointer token."""
-    return key.replace("~", "~0").replace("/", "~1")
