@@ -48,26 +48,25 @@ class PruningRecipe(_Section):
         return self
 
 
-class LearningRateProbe(_Section):
-    """Short trials on held-out windows of the first blocks that choose the learning rate."""
+class LearningRateTrials(_Section):
+    """Short trials on held-out windows that choose the learning rate."""
 
     candidates: tuple[Positive, ...] = Field(default=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), min_length=1)
-    blocks: Count = 2
     epochs: Count = 2
 
 
-class RecoveryRecipe(_Section):
-    """How the kept weights are repaired, block by block, masks frozen."""
+class LearningRateProbe(LearningRateTrials):
+    """Trials on each of the first blocks."""
 
-    method: Literal["ebft", "none"] = "ebft"
-    targets: Literal["block", "model"] = (
-        "model"  # the dense block on the same inputs, or the dense model's own activations
-    )
-    loss: Literal["mse", "normalized"] = "mse"
+    blocks: Count = 2
+
+
+class TrainingRecipe(_Section):
+    """How weights are trained, whatever the method."""
+
     epochs: Count = 10
     batch_size: Count = 8  # windows per optimiser step
     lr: Positive | Literal["auto"] = "auto"
-    probe: LearningRateProbe = LearningRateProbe()
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     eps: Positive = 1e-8
@@ -78,6 +77,48 @@ class RecoveryRecipe(_Section):
     selection: Literal["heldout", "last"] = (
         "heldout"  # which step's weights are kept; heldout includes step 0
     )
+
+
+class DsnotRecipe(_Section):
+    """Mask tuning without training (arXiv 2310.08915), as published."""
+
+    max_cycle_time: Count = 50  # swaps per row, at most
+    update_threshold: NonNegative = 0.1  # of a row's expected error, summed over a window's tokens
+    pow_of_var_regrowing: NonNegative = 1.0  # weights that grow back are compared in units of variance ^ this
+    without_same_sign: bool = True  # a row's error may change its sign; for N:M it never may
+    skip: tuple[str, ...] = ("*.mlp", "*.fc1", "*.fc2")  # what keeps the pruner's mask: globs, as in ignore
+
+
+class _RecoveryMethod(_Section):
+    """The first keys of ``RecoveryRecipe``: bases come in this order, so that they stand first in a file."""
+
+    method: Literal["ebft", "none"] = "ebft"
+    targets: Literal["block", "model"] = (
+        "model"  # the dense block on the same inputs, or the dense model's own activations
+    )
+    loss: Literal["mse", "normalized"] = "mse"
+
+
+class RecoveryRecipe(TrainingRecipe, _RecoveryMethod):
+    """How the kept weights are repaired, masks frozen: block by block, or all blocks at once."""
+
+    probe: LearningRateProbe = LearningRateProbe()
+    dsnot: DsnotRecipe = DsnotRecipe()
+
+
+class _FinishMethod(_Section):
+    """The first keys of ``FinishRecipe``."""
+
+    # auto: kl where weights, gradients, Adam's moments and activations of the whole model fit in memory
+    method: Literal["none", "kl", "auto"] = "none"
+    temperature: Positive = 1.0
+
+
+class FinishRecipe(TrainingRecipe, _FinishMethod):
+    """A stage after the recovery: kept weights of all blocks, tuned end to end towards the dense model's logits."""
+
+    epochs: Count = 5
+    trials: LearningRateTrials = LearningRateTrials(epochs=1)
 
 
 class CalibrationRecipe(_Section):
@@ -130,6 +171,7 @@ class Recipe(_Section):
 
     pruning: PruningRecipe = PruningRecipe()
     recovery: RecoveryRecipe = RecoveryRecipe()
+    finish: FinishRecipe = FinishRecipe()
     calibration: CalibrationRecipe = CalibrationRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     export: ExportRecipe = ExportRecipe()

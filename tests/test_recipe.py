@@ -169,7 +169,7 @@ def test_recipe_wrong_override_is_not_blamed_on_the_file() -> None:
 
 
 UNKNOWN = [
-    ("foo.bar", "a recipe has pruning, recovery, calibration, evaluation, export, gates, seed"),
+    ("foo.bar", "a recipe has pruning, recovery, finish, calibration, evaluation, export, gates, seed"),
     ("prunning.sparsity", "did you mean pruning.sparsity?"),
     ("gates.foo.bar", "gates has max_abs_error"),
 ]

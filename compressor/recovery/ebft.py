@@ -17,8 +17,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +26,10 @@ from compressor.recipe import RecoveryRecipe
 from compressor.recovery.block_io import BlockIO, Repaired
 from compressor.recovery.frozen_masks import FrozenMasks
 from compressor.recovery.heldout import BestWeights, heldout_loss, mean_square
-from compressor.recovery.precision import Stepper, autocast, deterministic
-from compressor.recovery.schedule import learning_rate_factor
+from compressor.recovery.precision import autocast, deterministic
+from compressor.recovery.training import Batches, Task, train, trainable
 from compressor.sparsity import Mask
-from compressor.streams import prefetched, shuffled
+from compressor.streams import prefetched
 
 # Modules that choose experts are left alone: their choice is discrete, so a block's loss gives them no way.
 ROUTERS = {"gate", "router"}
@@ -76,8 +74,10 @@ def repair(
         )
     weights = trained_weights(block)
     best = BestWeights(weights, before)
-    with _trainable(weights), deterministic(io.device):
-        course = _train(block, weights, frozen, io, recipe, best, lr=lr, seed=seed, progress=progress)
+    with trainable(weights), deterministic(io.device):
+        course = train(
+            _task(block, weights, frozen, io, recipe), recipe, best, lr=lr, seed=seed, progress=progress
+        )
     keep_best = recipe.selection == "heldout" or course.diverged
     if keep_best:
         best.restore()
@@ -110,64 +110,27 @@ def reconstruction_loss(output: Tensor, target: Tensor, scale: float = 1.0) -> T
     return scale * torch.nn.functional.mse_loss(output.float(), target)
 
 
-@dataclass
-class _Course:
-    """What training went through: losses per epoch, the last held-out loss, steps made."""
-
-    train: list[float] = field(default_factory=list)
-    heldout: float = math.nan
-    steps: int = 0
-    diverged: bool = False
-
-
-def _train(
-    block: nn.Module,
-    weights: list[nn.Parameter],
-    frozen: FrozenMasks,
-    io: BlockIO,
-    recipe: RecoveryRecipe,
-    best: BestWeights,
-    *,
-    lr: float,
-    seed: int,
-    progress: Callable[[int, int], None] | None,
-) -> _Course:
-    """Runs all epochs and offers the weights after each to ``best``; waits for the device once an epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    stepper = Stepper(_optimizer(weights, recipe, lr), weights, io, recipe.max_grad_norm)
+def _task(
+    block: nn.Module, weights: list[nn.Parameter], frozen: FrozenMasks, io: BlockIO, recipe: RecoveryRecipe
+) -> Task:
+    """The block's repair, as the training loop sees it."""
     scale = loss_scale(recipe, io)
-    windows = len(io.inputs)
-    total = recipe.epochs * math.ceil(windows / recipe.batch_size)
-    course = _Course()
-    for _ in range(recipe.epochs):
-        summed = torch.zeros((), dtype=torch.float64, device=io.device)
-        batches = shuffled(windows, recipe.batch_size, generator)
+
+    def losses(batches: Batches) -> Iterator[Tensor]:
         for hidden, target in prefetched([io.inputs, io.targets], batches):
             with autocast(io):
                 output = io.forward(block, hidden)
-            loss = reconstruction_loss(output, target, scale)
-            stepper.backward(loss)
-            frozen.zero_gradients()
-            stepper.step(lr * learning_rate_factor(course.steps, total, recipe.schedule, recipe.warmup))
-            summed += loss.detach() * (len(hidden) / windows / scale)
-            course.steps += 1
-            if progress is not None:
-                progress(course.steps, total)
-        course.heldout = heldout_loss(block, io, recipe.batch_size)
-        train = float(summed)
-        if not math.isfinite(train) or not math.isfinite(course.heldout):
-            course.diverged = True
-            break
-        course.train.append(train)
-        best.offer(course.heldout, course.steps)
-    return course
+            yield reconstruction_loss(output, target, scale)
 
-
-def _optimizer(weights: list[nn.Parameter], recipe: RecoveryRecipe, lr: float) -> torch.optim.Optimizer:
-    """AdamW in its fused form, on the CPU a third of the time of the plain one."""
-    betas = (recipe.beta1, recipe.beta2)
-    return torch.optim.AdamW(
-        weights, lr=lr, betas=betas, eps=recipe.eps, weight_decay=recipe.weight_decay, fused=True
+    return Task(
+        weights=weights,
+        windows=len(io.inputs),
+        losses=losses,
+        heldout=lambda: heldout_loss(block, io, recipe.batch_size),
+        zero_gradients=frozen.zero_gradients,
+        device=io.device,
+        amp_dtype=io.amp_dtype,
+        scale=scale,
     )
 
 
@@ -185,17 +148,3 @@ def _check_windows(io: BlockIO) -> None:
             f"repair needs windows to train on and to select by; got {counts[0]} and {counts[1]}",
             "give more calibration text, or a shorter --seqlen",
         )
-
-
-@contextmanager
-def _trainable(weights: list[nn.Parameter]) -> Iterator[None]:
-    """Gradients on for these weights while inside; off and forgotten after."""
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for weight in weights:
-            weight.grad = None
-            weight.requires_grad_(False)

@@ -8,7 +8,7 @@ with a full schedule of its own; the one that leaves the lowest held-out loss wi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -86,7 +86,7 @@ class LearningRateProbe:
         return ChosenLr(self.lr, tuple(self._candidates[place] for place in places), ratios)
 
     def _climb(self, trial: Callable[[int], float]) -> dict[int, float]:
-        """Moves from the best candidate to its better neighbour while there is one; place -> score here.
+        """Moves to the best candidate that can be reached; place -> score here.
 
         Scores add up over blocks, so after the first block only candidates that all have tried can win.
         """
@@ -97,15 +97,8 @@ class LearningRateProbe:
                 here[place] = trial(place)
             return here[place] + self._scores.get(place, 0.0)
 
-        def comparable(place: int) -> bool:
-            return 0 <= place < len(self._candidates) and (self._probed == 0 or place in self._scores)
-
-        while True:
-            near = [place for place in (self._best + 1, self._best - 1) if comparable(place)]
-            best = min([self._best, *near], key=total)
-            if best == self._best:
-                break
-            self._best = best
+        comparable = range(len(self._candidates)) if self._probed == 0 else sorted(self._scores)
+        self._best = climb(self._best, comparable, total)
         self._scores = {place: total(place) for place in here}
         return here
 
@@ -117,6 +110,28 @@ class LearningRateProbe:
             result = repair(block, masks, io, short, lr=lr, seed=seed)
         finally:
             origin.restore()
-        if result.diverged or result.loss_before == 0:
-            return DIVERGED
-        return math.log(max(result.loss_after, 1e-300) / result.loss_before)
+        return DIVERGED if result.diverged else log_ratio(result.loss_after, result.loss_before)
+
+
+def climb(start: int, candidates: Sequence[int], score: Callable[[int], float]) -> int:
+    """The place where going on to the better neighbour, while there is a better one, ends.
+
+    Args:
+        start: The first place.
+        candidates: Places that can be reached.
+        score: Of a place; lower is better.
+    """
+    best = start
+    while True:
+        near = [place for place in (best + 1, best - 1) if place in candidates]
+        better = min([best, *near], key=score)
+        if better == best:
+            return best
+        best = better
+
+
+def log_ratio(after: float, before: float) -> float:
+    """log(after / before), the score of a trial; ``DIVERGED`` where it means nothing."""
+    if not math.isfinite(after) or before == 0:
+        return DIVERGED
+    return math.log(max(after, 1e-300) / before)

@@ -5,18 +5,29 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor.recovery.block_io import BlockIO
+
+class Precision(Protocol):
+    """What is known of where and in which type a forward pass computes; a block's IO is one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        """bfloat16 or float16 for mixed precision, ``None`` for float32."""
 
 
-def autocast(io: BlockIO) -> torch.autocast:
-    """The context in which the block's forward runs: the block's ``amp_dtype``, or plain float32."""
-    return torch.autocast(io.device.type, dtype=io.amp_dtype, enabled=io.amp_dtype is not None)
+def autocast(precision: Precision) -> torch.autocast:
+    """The context in which a forward pass runs: its ``amp_dtype``, or plain float32."""
+    enabled = precision.amp_dtype is not None
+    return torch.autocast(precision.device.type, dtype=precision.amp_dtype, enabled=enabled)
 
 
 class Stepper:
@@ -28,17 +39,22 @@ class Stepper:
     Args:
         optimizer: Holds ``weights``.
         weights: What is trained, float32.
-        io: Says device and precision.
+        precision: Says device and type.
         max_grad_norm: Longest gradient, over all weights together; ``None`` does not clip.
     """
 
     def __init__(
-        self, optimizer: Optimizer, weights: Sequence[nn.Parameter], io: BlockIO, max_grad_norm: float | None
+        self,
+        optimizer: Optimizer,
+        weights: Sequence[nn.Parameter],
+        precision: Precision,
+        max_grad_norm: float | None,
     ) -> None:
         self._optimizer = optimizer
         self._weights = weights
         self._max_grad_norm = max_grad_norm
-        self._scaler = torch.amp.GradScaler(io.device.type, enabled=io.amp_dtype == torch.float16)
+        enabled = precision.amp_dtype == torch.float16
+        self._scaler = torch.amp.GradScaler(precision.device.type, enabled=enabled)
 
     def backward(self, loss: Tensor) -> None:
         """Set the gradients of ``loss``, in true units."""
@@ -77,3 +93,15 @@ def deterministic(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         settings.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def random_state(device: torch.device, seed: int) -> Iterator[None]:
+    """Random numbers of the CPU and of ``device`` from ``seed`` while inside; both states restored after."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
