@@ -225,6 +225,9 @@ def _models() -> Iterator[BadInput]:
     yield bad("negative size", "E-CONFIG-SIZE", "hidden_size", config(hidden_size=-32))
     yield bad("size as text", "E-CONFIG-SIZE", "hidden_size", config(hidden_size="32"))
     yield bad("field of the wrong type", "E-CONFIG-INVALID", "rms_norm_eps", config(rms_norm_eps="small"))
+    for name, value in (("a number", 3), ("one name", "LlamaForCausalLM"), ("a list of numbers", [3])):
+        spoil = config(architectures=value)
+        yield bad(f"architectures that is {name}", "E-CONFIG-INVALID", "architectures", spoil)
     heads = config(num_attention_heads=5, num_key_value_heads=2)
     yield bad("heads that do not fit", "E-CONFIG-INVALID", "heads", heads)
     yield bad("unknown activation", "E-CONFIG-INVALID", "nonsense", config(hidden_act="nonsense"))

@@ -85,12 +85,20 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     Raises:
         InputRefused: E-CONFIG-SYNTAX; E-CONFIG-UNSAFE: a key reaches into the loader or names code to run;
-            E-CONFIG-SIZE: a size is no whole number within reason.
+            E-CONFIG-SIZE: a size is no whole number within reason; E-CONFIG-INVALID: architectures is no list of
+            names.
     """
     settings = read_json_object(path)
     for where, key, value in _entries(settings, path.name):
         _refuse_unsafe(where, key, value)
         _refuse_absurd(where, key, value)
+    names = settings.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise InputRefused(
+            "E-CONFIG-INVALID",
+            f"{path.name}: architectures must be a list of class names, got {repr(names)[:80]}",
+            "fetch it again",
+        )
     return settings
 
 

@@ -85,8 +85,7 @@ def architecture_of(config: Any, *, trust_remote_code: bool = False) -> Architec
 
     Raises:
         InputRefused: E-MODEL-MULTIMODAL, E-MODEL-QUANTIZED, E-MODEL-REMOTE-CODE, E-MODEL-UNSUPPORTED: the
-            model is
-            not a plain decoder-only language model of a supported architecture; the supported ones are named.
+            model is not a plain decoder-only language model of a supported architecture, which are named.
     """
     settings: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
     model_type = settings.get("model_type")
@@ -145,9 +144,8 @@ def _unsupported_features(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def class_names(settings: Mapping[str, Any]) -> list[str]:
-    """The class names under ``architectures``; none where that is no list."""
-    names = settings.get("architectures")
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    """The class names under ``architectures``."""
+    return list(settings.get("architectures") or ())
 
 
 def _rope_types(settings: Mapping[str, Any]) -> set[str]:
