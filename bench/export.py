@@ -99,6 +99,7 @@ def example(model: LlamaForCausalLM) -> dict[str, Any]:
     return {
         "input_ids": torch.randint(config.vocab_size, (BATCH, LENGTH), generator=generator),
         "attention_mask": mask,
+        # A copy, since the exporter fixes the strides of a slice.
         "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, PAST:].clone(),
         "past": [
             (torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))

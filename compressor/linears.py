@@ -102,8 +102,7 @@ class IgnoreRules:
         """Look for something that every pattern matches, and for a matrix that none does.
 
         Raises:
-            UsageError: E-IGNORE-NO-MATCH: a pattern matches nothing; E-IGNORE-EVERYTHING: nothing is left to
-                prune.
+            UsageError: E-IGNORE-NO-MATCH: a pattern matches nothing; E-IGNORE-EVERYTHING: nothing is left to prune.
         """
         names = [
             f"{prefix}.{matrix.name}"
@@ -177,8 +176,7 @@ def _linear_hook(matrix: PrunableMatrix, receive: Callable[[str, Tensor], None])
 def _experts_hook(matrices: Sequence[PrunableMatrix], receive: Callable[[str, Tensor], None]) -> _Hook:
     """Routes the tokens once more, since the experts of a fused module are no modules that could be hooked.
 
-    y = Σ_e p_e · down_e(act(gate_e x) ⊙ up_e x) over the k experts of a token: gate and up see x, down sees
-    the rest.
+    y = Σ_e p_e · down_e(act(gate_e x) ⊙ up_e x) over the k experts of a token: gate and up see x, down sees the rest.
     """
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -23,8 +23,7 @@ class BlockCut:
 
     Attributes:
         proto: Inputs are `HIDDEN`, `PAST_KEY`, `PAST_VALUE`, what the prologue needs of the graph's inputs,
-            and the weights; outputs are `OUTPUTS`. Equal for blocks that differ in nothing but names and
-            weights.
+            and the weights; outputs are `OUTPUTS`. Equal for blocks that differ in nothing but names and weights.
         weights: The weight that belongs to each input of that name.
     """
 

@@ -3,14 +3,11 @@
 Bytes of a tensor of ``size`` elements, ``width`` bytes each, ``nnz`` of them not zero:
 
 * dense: ``size * width`` in the data file and a header in the graph;
-* sparse initializer: ``nnz * width`` in the data file; in the graph a header and the linear indices as
-varints, one byte
-  below 2^7, two below 2^14, three below 2^21, four below 2^28, five beyond;
-* bitmask: ``ceil(size / 8) + nnz * width`` and a dense header. Reported for information; no stock tool
-reads it.
+* sparse initializer: ``nnz * width`` in the data file; in the graph a header and the linear indices as varints,
+  one byte below 2^7, two below 2^14, three below 2^21, four below 2^28, five beyond;
+* bitmask: ``ceil(size / 8) + nnz * width`` and a dense header. Reported for information; no stock tool reads it.
 
-Stock ONNX Runtime expands a sparse initializer while it loads, so sparse saves disk and download, not
-memory or time.
+Stock ONNX Runtime expands a sparse initializer while it loads, so sparse saves disk and download, not memory or time.
 """
 
 from __future__ import annotations
@@ -154,8 +151,7 @@ class EncodingSummary:
     Attributes:
         tensors: Number of weights by the encoding that was used.
         stored_bytes: Bytes of these weights by the encoding that was used.
-        bytes_by_encoding: Bytes of all weights if all used one encoding; a weight that cannot be sparse
-            counts dense.
+        bytes_by_encoding: Bytes of all weights if all used one encoding; a weight that cannot be sparse counts dense.
         load_note: One sentence on what loading costs, for people.
     """
 

@@ -82,8 +82,7 @@ class WeightTable:
     """Gives out the value of each weight, once, and collects what has to be stored.
 
     Parameters and persistent buffers become `GraphWeight`s; buffers that no checkpoint holds become constants
-    in the graph. Where a weight is stored in another dtype than the graph computes in, its value is that of a
-    Cast.
+    in the graph. Where a weight is stored in another dtype than the graph computes in, its value is that of a Cast.
     """
 
     def __init__(self, parts: ModelParts) -> None:

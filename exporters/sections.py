@@ -19,8 +19,7 @@ def split_sections(traced: TracedModel) -> dict[Section, list[ir.Node]]:
     """Return the nodes of each section in execution order.
 
     A node that depends on a template's inputs belongs to the template, one that depends on the hidden state
-    that enters the head belongs to the epilogue, everything else is computed once and belongs to the
-    prologue.
+    that enters the head belongs to the epilogue, everything else is computed once and belongs to the prologue.
     """
     _share_sizes(traced)
     owners = _owners(traced)

@@ -52,8 +52,7 @@ class CausalLM:
         _check_signature(session, self.cache)
 
     def compute_dtype(self, stored_dtype: str | None) -> str:
-        """The type that the graph computes in: its cache's; without one, what logits and stored weights
-        suggest.
+        """The type that the graph computes in: its cache's; without one, what logits and stored weights suggest.
 
         bfloat16 weights of a graph with float32 logits are cast to float32 at run time.
 

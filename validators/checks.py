@@ -92,8 +92,7 @@ class Gates:
 
     Attributes:
         max_abs_error: Largest difference of a logit from the reference, absolute.
-        min_top1_agreement: Share of decided tokens (see ``Tolerance``) whose most likely next token is the
-            same.
+        min_top1_agreement: Share of decided tokens (see ``Tolerance``) whose most likely next token is the same.
         max_onnx_ppl_drift: Relative difference of the ONNX perplexity from PyTorch's, 0.001 = 0.1 %.
         max_ppl_increase: Relative increase of the ONNX perplexity over the dense model's, 0.15 = 15 %.
         min_sparsity: Share of zeros in the pruned weights.

@@ -48,8 +48,7 @@ def check_manifest(request: ValidationRequest) -> tuple[Manifest | None, Check]:
     """The manifest, if one was given, with every file's hash found right.
 
     Raises:
-        ValidationError: E-MANIFEST-MISMATCH: a file is missing or altered, or the manifest is of another
-            model.
+        ValidationError: E-MANIFEST-MISMATCH: a file is missing or altered, or the manifest is of another model.
         ExportError: The manifest itself is missing, unreadable or altered.
     """
     if request.manifest_path is None:

@@ -1,8 +1,7 @@
 """Perplexity: exp of the mean negative log likelihood in nats per predicted token.
 
 All windows are equally long. Each window of T tokens predicts T - 1 (the first has nothing before it), so the
-mean over all tokens equals the mean of the windows' means: the protocol of GPTQ, SparseGPT and Wanda on
-WikiText-2.
+mean over all tokens equals the mean of the windows' means: the protocol of GPTQ, SparseGPT and Wanda on WikiText-2.
 """
 
 from __future__ import annotations

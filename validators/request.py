@@ -37,8 +37,7 @@ class ValidationRequest:
         provider: "auto" (CUDA where it works, else CPU), or an execution provider's name, such as
             "CPUExecutionProvider", "CPU" or "cuda".
         time_limit_s: The child is stopped after this long.
-        memory_limit_bytes: The child is stopped when its resident memory passes this; None: all that is
-            available.
+        memory_limit_bytes: The child is stopped when its resident memory passes this; None: all that is available.
     """
 
     model_path: str

@@ -53,8 +53,7 @@ class Survey:
         """Read one tensor and count what it holds.
 
         Raises:
-            ValidationError: E-MANIFEST-MISMATCH: it has another number of non-zero elements than its row
-                says.
+            ValidationError: E-MANIFEST-MISMATCH: it has another number of non-zero elements than its row says.
             ExportError: Its values cannot be read.
         """
         if tensor.dtype not in _FLOATS and tensor.name not in self._rows:

@@ -61,8 +61,7 @@ def read_text(
 
     Args:
         source: ``python-docs``; a ``.txt`` or ``.raw`` file, which is one text; a ``.jsonl`` or ``.parquet``
-            file of
-            documents; a dataset folder; or the id of a dataset on the hub.
+            file of documents; a dataset folder; or the id of a dataset on the hub.
         role: What the text is for; ``python-docs`` and datasets have a part for each.
         dataset_config: Configuration of a dataset.
         split: Split of a dataset; by default train for calibration, test for evaluation, where they exist.

@@ -57,8 +57,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``.
 
     Raises:
-        InputRefused: E-CONFIG-SYNTAX: not a JSON object in UTF-8, one key twice, a NaN, nested or large
-            beyond reason.
+        InputRefused: E-CONFIG-SYNTAX: not a JSON object in UTF-8, one key twice, a NaN, nested or large beyond reason.
     """
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -85,8 +84,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     Raises:
         InputRefused: E-CONFIG-SYNTAX; E-CONFIG-UNSAFE: a key reaches into the loader or names code to run;
-            E-CONFIG-SIZE: a size is no whole number within reason; E-CONFIG-INVALID: architectures is no list of
-            names.
+            E-CONFIG-SIZE: a size is no whole number within reason; E-CONFIG-INVALID: architectures is no list of names.
     """
     settings = read_json_object(path)
     for where, key, value in _entries(settings, path.name):

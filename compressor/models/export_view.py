@@ -19,8 +19,7 @@ def export_parts(
     """The model for ``exporters``, its weights stored in ``dtype``.
 
     The graph of a float16 model computes in float16. One of a bfloat16 model computes in float32, since ONNX
-    Runtime's CPU provider has no bfloat16 kernels: the weights are stored in bfloat16 and cast where they are
-    used.
+    Runtime's CPU provider has no bfloat16 kernels: the weights are stored in bfloat16 and cast where they are used.
 
     Args:
         model: A model's folder, or the checkpoint that was opened.

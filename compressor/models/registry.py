@@ -34,8 +34,7 @@ class Architecture:
 
         Args:
             traceable: Experts that can be traced. They gather a copy of the weights for every token; without
-                it
-                they loop over the experts, each with its tokens.
+                it they loop over the experts, each with its tokens.
         """
         chosen = {"attn_implementation": self.attention}
         if self.experts is not None:

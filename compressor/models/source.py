@@ -86,12 +86,10 @@ class LoadedSource:
         device: Where blocks, embedding and head compute.
         compute_dtype: What they compute in.
         stored_dtype: What the finished model is to be stored in. Embedding, final norm and head are rounded
-            to it
-            at once, since they ship as they are; blocks are rounded when they are committed.
+            to it at once, since they ship as they are; blocks are rounded when they are committed.
 
     Raises:
-        InputRefused: The files do not fill the model; weights are not finite, or beyond the stored dtype's
-            range.
+        InputRefused: The files do not fill the model; weights are not finite, or beyond the stored dtype's range.
     """
 
     def __init__(
@@ -231,8 +229,7 @@ def open_source(
 
 
 def max_seqlen(config: Any) -> int:
-    """The most tokens that the model has positions for; with alibi, which has no limit, its training
-    length."""
+    """The most tokens that the model has positions for; with alibi, which has no limit, its training length."""
     for key in ("max_position_embeddings", "seq_length"):
         limit = getattr(config, key, None)
         if isinstance(limit, int) and limit > 0:

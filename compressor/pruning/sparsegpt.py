@@ -68,8 +68,7 @@ def inverse_factor(G: Tensor, damping: float, name: str) -> tuple[Tensor, float]
     """``U`` (in, in), float32, upper, with (H + damping)^-1 = U^T U, and the damping that it took.
 
     Instead of inverting and factorising again, the reversed Hessian is factorised once: with J the reversal
-    of the axes and J H J = L L^T, U = J L^-1 J. In float64, since H of few tokens is singular but for the
-    damping.
+    of the axes and J H J = L L^T, U = J L^-1 J. In float64, since H of few tokens is singular but for the damping.
 
     Args:
         G: Gram matrix of the inputs, (in, in); columns without any input get H_jj = 1 and stay uncoupled.
