@@ -1,7 +1,6 @@
 """The contract of a pruner, and what pruners share: choosing the lowest scores, checking inputs.
 
-Notation: ``W`` is a weight matrix (out, in), ``S`` its scores of the same shape; a mask is bool,
-``True`` = kept.
+Notation: ``W`` is a weight matrix (out, in), ``S`` its scores of the same shape; a mask is bool, ``True`` = kept.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """EBFT: the kept weights of one block, tuned until the sparse block answers like the dense one.
 
-Source: Guo et al., "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs",
-arXiv 2402.12419, equation 3:
+Source: Guo et al., "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs", arXiv 2402.12419, equation 3:
 
     min_W  mean( (f(X; M * W) - Y)^2 ),   M frozen
 

@@ -48,9 +48,8 @@ class LearningRateProbe:
         self._recipe = recipe
         self._candidates = sorted(recipe.probe.candidates) if recipe.lr == "auto" else [recipe.lr]
         self._best = len(self._candidates) // 2
-        self._scores: dict[
-            int, float
-        ] = {}  # candidate's place -> sum over blocks of log(loss after / before)
+        # Candidate's place -> sum over blocks of log(loss after / before).
+        self._scores: dict[int, float] = {}
         self._tried: set[int] = set()
         self._probed = 0
 

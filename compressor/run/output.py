@@ -22,8 +22,7 @@ class OutputPlan:
 
     ``--out sparse.onnx`` puts ``sparse.onnx``, ``sparse.onnx.data``, ``sparse.hf/``,
     ``sparse.report.json``, ``sparse.report.html`` and ``sparse.manifest.json`` beside each other. ``--out
-    FOLDER`` puts ``model.onnx`` and the rest, with the files that a Hugging Face loader needs, into that
-    folder.
+    FOLDER`` puts ``model.onnx`` and the rest, with the files that a Hugging Face loader needs, into that folder.
     """
 
     target: Path  # what was asked for, absolute
