@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compressor.report import svg, units
+from compressor.report.axes import LEGEND, WIDTH, canvas, log_ticks, shortened
 
 if TYPE_CHECKING:
     from compressor.report.schema import BlockRow, PerplexityFacts, SizeFacts
@@ -14,10 +15,8 @@ if TYPE_CHECKING:
 ENCODING_NAMES = {"dense": "dense", "sparse": "sparse initializer"}
 _ENCODING_COLOURS = {"dense": svg.DENSE, "sparse": svg.ONNX}
 
-_WIDTH = 440  # points: one column of the page, so that its text stays readable on a phone
 _LOG_FROM = 12.0  # perplexities that lie so many times apart need a logarithmic axis
 _HEAT = (0x2F / 255, 0x7F / 255, 0xD6 / 255)  # its opacity is the sparsity, over the light or the dark page
-_LEGEND = {"frameon": False, "fontsize": 11, "labelcolor": svg.INK, "ncols": 3, "columnspacing": 1.4}
 
 
 def perplexity_plot(perplexity: PerplexityFacts) -> str | None:
@@ -36,7 +35,7 @@ def perplexity_plot(perplexity: PerplexityFacts) -> str | None:
     drawable = [value for _, value, _ in rows if value is not None and 0 < value < math.inf] or [1.0]
     logarithmic = max(drawable) > _LOG_FROM * min(drawable) and min(drawable) > 1
     start, end, bottom = (1.0, max(drawable), 30) if logarithmic else (0.0, max(drawable), 12)
-    figure, axes = _canvas(34 * len(rows) + 10 + bottom, left=98, right=126, bottom=bottom)
+    figure, axes = canvas(34 * len(rows) + 10 + bottom, left=98, right=126, bottom=bottom)
     if logarithmic:
         axes.set_xscale("log")
     for place, (label, value, colour) in enumerate(rows):
@@ -47,7 +46,7 @@ def perplexity_plot(perplexity: PerplexityFacts) -> str | None:
         _bar_words(axes, place, label, start + length, words, svg.MUTED if value is None else svg.INK)
     _bar_axes(axes, start, end, len(rows))
     if logarithmic:
-        _log_ticks(axes.xaxis, start, end)
+        log_ticks(axes.xaxis, start, end)
     spoken = ", ".join(f"{label} {units.perplexity(value)}" for label, value, _ in rows)
     return svg.inline_svg(figure, "perplexity", f"Bars of perplexity, lower is better: {spoken}.")
 
@@ -72,7 +71,7 @@ def loss_plot(blocks: Sequence[BlockRow]) -> str | None:
         for place in (1, 2)
     )
     size = 34 if len(pairs) <= 24 else 16 if len(pairs) <= 60 else 9
-    figure, axes = _canvas(250, left=50, top=34, bottom=42)
+    figure, axes = canvas(250, left=50, top=34, bottom=42)
     axes.set_yscale("log")
     axes.vlines(indices, after, before, color=svg.LINE, linewidth=max(1.0, size / 9), zorder=1)
     hollow = {"facecolor": svg.CARD, "edgecolor": svg.PRUNED, "linewidth": 1.6}
@@ -84,9 +83,9 @@ def loss_plot(blocks: Sequence[BlockRow]) -> str | None:
     axes.set_xlim(min(indices) - 0.8, max(indices) + 0.8)
     axes.grid(axis="y", color=svg.LINE, linewidth=0.8)
     axes.set_axisbelow(True)
-    _log_ticks(axes.yaxis, low, high)
+    log_ticks(axes.yaxis, low, high)
     _block_ticks(axes, indices, indices)
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), handletextpad=0.3, borderpad=0.2, **_LEGEND)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), handletextpad=0.3, borderpad=0.2, **LEGEND)
     span = f"from {units.number(min(positive))} to {units.number(max(positive))}"
     return svg.inline_svg(
         figure, "losses", f"Loss of {len(pairs)} blocks before and after the repair, log axis, {span}."
@@ -108,10 +107,10 @@ def sparsity_plot(table: Mapping[str, Mapping[int, float]]) -> str | None:
         [[row.get(block, math.nan) for block in blocks] for row in table.values()]
     )  # (rows, blocks)
     rows, columns = shares.shape
-    labels = [_shortened(label) for label in table]
+    labels = [shortened(label) for label in table]
     left = min(170.0, 16 + 6.4 * max(len(label) for label in labels))
-    cell = (_WIDTH - left - 14) / columns  # points
-    figure, axes = _canvas(rows * max(15.0, min(25.0, 200 / rows)) + 44, left=left, top=6, bottom=38)
+    cell = (WIDTH - left - 14) / columns  # points
+    figure, axes = canvas(rows * max(15.0, min(25.0, 200 / rows)) + 44, left=left, top=6, bottom=38)
     image = np.full((rows, columns, 4), (*_HEAT, 0.0))
     image[..., 3] = np.nan_to_num(shares, nan=0.0)
     edges = (-0.5, columns - 0.5, rows - 0.5, -0.5)
@@ -141,11 +140,11 @@ def size_plot(size: SizeFacts) -> str | None:
         (name, part.dense_bytes, part.bytes, _ENCODING_COLOURS.get(name, svg.RECOVERED))
         for name, part in sorted(size.by_encoding.items(), reverse=True)
     ]
-    figure, axes = _canvas(148, left=74, right=78, top=12, bottom=44)
+    figure, axes = canvas(148, left=74, right=78, top=12, bottom=44)
     dense_total = stored_total = 0
     for name, dense_bytes, stored_bytes, colour in [*parts, ("graph", 0, graph, svg.GRAPH)]:
         bar = {"height": 0.62, "color": colour, "linewidth": 0}
-        label = _shortened(ENCODING_NAMES.get(name, name))
+        label = shortened(ENCODING_NAMES.get(name, name))
         axes.barh(0, dense_bytes, left=dense_total, alpha=0.45, **bar)
         axes.barh(1, stored_bytes, left=stored_total, label=label, **bar)
         dense_total, stored_total = dense_total + dense_bytes, stored_total + stored_bytes
@@ -153,24 +152,9 @@ def size_plot(size: SizeFacts) -> str | None:
     _bar_words(axes, 1, "this file", stored_total, units.byte_size(stored_total))
     _bar_axes(axes, 0, max(dense_total, stored_total) or 1, 2)
     boxes = {"handlelength": 0.9, "handleheight": 0.9, "handletextpad": 0.5}
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, 0.02), **boxes, **_LEGEND)
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, 0.02), **boxes, **LEGEND)
     spoken = f"all dense {units.byte_size(dense_total)}, this file {units.byte_size(stored_total)}"
     return svg.inline_svg(figure, "sizes", f"Bytes by encoding: {spoken}.")
-
-
-def _canvas(
-    height: float, *, left: float, right: float = 14, top: float = 12, bottom: float = 34
-) -> tuple[Any, Any]:
-    """An empty figure and its axes; height and margins in points."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH / 72, height / 72))
-    inside = (_WIDTH - left - right) / _WIDTH, (height - top - bottom) / height
-    axes = figure.add_axes((left / _WIDTH, bottom / height, *inside))
-    for side in axes.spines.values():
-        side.set_visible(False)
-    axes.tick_params(colors=svg.MUTED, labelsize=11, length=0, pad=5, which="both")
-    return figure, axes
 
 
 def _bar_words(axes: Any, place: int, label: str, end: float, words: str, colour: str = svg.INK) -> None:
@@ -191,22 +175,6 @@ def _bar_axes(axes: Any, start: float, end: float, bars: int) -> None:
     axes.axvline(start, color=svg.MUTED, linewidth=1)
 
 
-def _log_ticks(axis: Any, low: float, high: float) -> None:
-    """Round tick values on a log axis, written out, about three to six of them."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks: list[float] = []
-    for steps in ((1,), (1, 3), (1, 2, 5)):
-        ticks = [step * 10.0**decade for decade in decades for step in steps]
-        ticks = [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
-        if len(ticks) >= 3:
-            break
-    axis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 6) or 1] or [low]))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(lambda value, _: units.number(float(f"{value:.3g}"), 3))
-
-
 def _block_ticks(axes: Any, blocks: Sequence[int], positions: Sequence[int]) -> None:
     """Block numbers under the axes: all of up to 14, else every so many."""
     step = next(
@@ -214,8 +182,3 @@ def _block_ticks(axes: Any, blocks: Sequence[int], positions: Sequence[int]) -> 
     )
     axes.set_xticks(list(positions)[::step], [str(block) for block in blocks[::step]])
     axes.set_xlabel("block", color=svg.MUTED, fontsize=11, labelpad=4)
-
-
-def _shortened(label: str, limit: int = 26) -> str:
-    """``label`` in at most ``limit`` characters, its end kept: that is where weights' names differ."""
-    return label if len(label) <= limit else "…" + label[1 - limit :]

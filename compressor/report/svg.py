@@ -18,6 +18,7 @@ from typing import Any
 # Stand-in colour to the page's CSS variable. The values mean nothing but must differ.
 INK, MUTED, LINE, CARD = "#010101", "#020202", "#030303", "#040404"
 DENSE, PRUNED, RECOVERED, ONNX, GRAPH = "#050505", "#060606", "#070707", "#080808", "#090909"
+SERIES = tuple(f"#{place:02x}{place:02x}{place:02x}" for place in range(16, 24))  # lines that are told apart
 _VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",
@@ -28,6 +29,7 @@ _VARIABLES = {
     RECOVERED: "--recovered",
     ONNX: "--onnx",
     GRAPH: "--graph",
+    **{colour: f"--series-{number}" for number, colour in enumerate(SERIES, start=1)},
 }
 _XLINK = "{http://www.w3.org/1999/xlink}"
 _DROPPED = ("font-family", "stroke-linejoin", "stroke-miterlimit", "stroke-linecap")
