@@ -1,7 +1,8 @@
 """The pass over the decoder blocks: capture, prune, repair, measure, commit; one block in memory at a time.
 
 Block l sees what the already sparse and repaired blocks before it give. Its masks come from those inputs, and are
-frozen before the repair begins.
+frozen before the repair begins. Where an end-to-end stage follows (``end_to_end``), finished blocks stay in memory
+and are committed after it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from compressor.devices import mixed_precision
+from compressor.end_to_end import EndToEnd
 from compressor.errors import StoppedSafely
+from compressor.finetuning import Finetuned, Windows
 from compressor.linears import IgnoreRules, PrunableMatrix, observe_inputs, prunable_matrices
 from compressor.models.source import BlockSource
 from compressor.models.writer import CheckpointWriter
@@ -45,12 +48,16 @@ class BlockResult:
 
 @dataclass(frozen=True)
 class PassResult:
-    """All blocks, the perplexities that came out of the same pass, and the learning rate that was used."""
+    """All blocks, the perplexities that came out of the same pass, and the learning rate that was used.
+
+    ``finetuned`` has one entry for each end-to-end stage after the pass.
+    """
 
     blocks: tuple[BlockResult, ...]
     perplexities: dict[str, float]
     lr: float | None
     lr_tried: tuple[float, ...]
+    finetuned: tuple[Finetuned, ...] = ()
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -60,7 +67,7 @@ class PassResult:
 
 @dataclass
 class _Calibration:
-    """Calibration and held-out windows before the current block, sparse path and (for model targets) dense path."""
+    """Calibration and held-out windows before the current block: sparse path, and dense path where it is needed."""
 
     sparse: Activations
     sparse_heldout: Activations
@@ -123,16 +130,23 @@ class BlockPass:
         self._device = device
         self._stop = stop
         self._progress = progress
-        self._repair = RECOVERIES[recipe.recovery.method]
+        self._repair = RECOVERIES.get(
+            recipe.recovery.method
+        )  # an end-to-end recovery repairs no single block
+        self._end_to_end = EndToEnd(source, recipe, device=device, stop=stop, progress=progress)
         self._pruner = PRUNERS[recipe.pruning.method]
         self._probe = LearningRateProbe(recipe.recovery)
         versions: tuple[Version, ...] = (
-            ("dense", "pruned", "recovered") if self._repair else ("dense", "pruned")
+            ("dense", "pruned", "recovered")
+            if self._repair or self._end_to_end.stages
+            else ("dense", "pruned")
         )
         self._evaluation = PerplexityStreams(source, evaluation, device, versions)
+        self._ids, self._heldout_ids = calibration, heldout
         sparse, sparse_heldout = embedded(source, calibration, device), embedded(source, heldout, device)
         dense = dense_heldout = None
-        if self._repair and recipe.recovery.targets == "model":
+        self._model_targets = self._repair is not None and recipe.recovery.targets == "model"
+        if self._model_targets or self._end_to_end.needs_dense:
             dense = Activations.filled(sparse.states, device=device)
             dense_heldout = Activations.filled(sparse_heldout.states, device=device)
         self._calibration = _Calibration(sparse, sparse_heldout, dense, dense_heldout)
@@ -153,10 +167,11 @@ class BlockPass:
                     "run the same command again",
                 )
             results.append(self._one_block(index, writer))
+        finetuned = self._tune_together(writer) if self._end_to_end.stages else ()
         perplexities = self._evaluation.perplexities()
         perplexities.setdefault("recovered", perplexities["pruned"])
-        lr = self._probe.lr if self._repair else None
-        return PassResult(tuple(results), perplexities, lr, self._probe.tried)
+        lr = (self._probe.lr or None) if self._repair else None  # 0: nothing was trained
+        return PassResult(tuple(results), perplexities, lr, self._probe.tried, finetuned)
 
     def _one_block(self, index: int, writer: CheckpointWriter) -> BlockResult:
         started = time.perf_counter()
@@ -170,10 +185,14 @@ class BlockPass:
         repaired = self._repair_block(index, block, masks, io) if io is not None else None
         if repaired is not None and repaired.masks is not None:
             masks = {**masks, **repaired.masks}
-        writer.commit(index, block, masks)  # rounds to the exported type, so what flows on is what ships
+        if self._end_to_end.stages:
+            self._end_to_end.hold(block, masks, matrices)
+        else:
+            writer.commit(index, block, masks)  # rounds to the exported type, so what flows on is what ships
         for states in (self._calibration.sparse, self._calibration.sparse_heldout):
             advance(self._source, index, block, states)
-        self._evaluation.advance("recovered", index, block)
+        if not self._end_to_end.stages:
+            self._evaluation.advance("recovered", index, block)
         elapsed_s = time.perf_counter() - started
         self._tell_finished(index, repaired, elapsed_s)
         return BlockResult(index, repaired, notes, elapsed_s)
@@ -184,7 +203,7 @@ class BlockPass:
         """Statistics of the dense block's linears on the sparse inputs, and what the repair will aim at."""
         flow = self._calibration
         statistics = self._new_statistics(block, matrices)
-        block_targets = self._repair is not None and self._recipe.recovery.targets == "block"
+        block_targets = self._repair is not None and not self._model_targets
         observed = observe_inputs(block, matrices, statistics.receive) if statistics else nullcontext()
         outputs = heldout_outputs = None
         with observed:
@@ -194,15 +213,17 @@ class BlockPass:
                 visit(self._source, index, block, flow.sparse)
         if statistics is not None:
             statistics.finish()
+        for dense in (flow.dense, flow.dense_heldout):
+            if dense is not None:
+                advance(self._source, index, block, dense)
         if self._repair is None:
             return statistics, None
         if block_targets:
             heldout_outputs = advance(
                 self._source, index, block, flow.sparse_heldout, _like(flow.sparse_heldout)
             )
-        elif flow.dense is not None and flow.dense_heldout is not None:
-            outputs = advance(self._source, index, block, flow.dense)
-            heldout_outputs = advance(self._source, index, block, flow.dense_heldout)
+        else:
+            outputs, heldout_outputs = flow.dense, flow.dense_heldout
         assert outputs is not None and heldout_outputs is not None  # noqa: PT018  # one fact: targets exist
         return statistics, BlockIO(
             inputs=flow.sparse,
@@ -212,6 +233,7 @@ class BlockPass:
             forward=lambda module, hidden: self._source.forward(index, module, hidden),
             device=self._device,
             amp_dtype=mixed_precision(self._device),
+            name=f"{self._source.blocks_name}.{index}",
             matrices=matrices,
             pattern=self._pattern,
             load_dense=lambda: self._source.load_block(index),
@@ -261,6 +283,15 @@ class BlockPass:
             self._progress(BlockProgress(index, total, step, steps))
 
         return self._repair(block, masks, io, recovery, lr=chosen.lr, seed=seed, progress=told)
+
+    def _tune_together(self, writer: CheckpointWriter) -> tuple[Finetuned, ...]:
+        """The end-to-end stages over all blocks, which are committed afterwards."""
+        flow = self._calibration
+        finetuned = self._end_to_end.tune(
+            Windows(self._ids, flow.dense), Windows(self._heldout_ids, flow.dense_heldout)
+        )
+        self._end_to_end.commit(writer, self._evaluation)
+        return finetuned
 
     def _tell_finished(self, index: int, repaired: Repaired | None, elapsed_s: float) -> None:
         self._progress(

@@ -66,8 +66,36 @@ class BlockFinished:
 
 
 @dataclass(frozen=True)
+class FinetuningProgress:
+    """A step of an end-to-end stage ("recovery" or "finish"); ``trial`` while its learning rate is sought."""
+
+    stage: str
+    step: int
+    steps: int
+    lr: float
+    trial: bool
+
+
+@dataclass(frozen=True)
+class FinetuningFinished:
+    """All blocks were tuned together. Losses are those that were minimised, on held-out windows."""
+
+    stage: str
+    method: str
+    loss: str
+    loss_before: float
+    loss_after: float
+    best_step: int
+    steps: int
+    lr: float
+    tried: tuple[float, ...]
+    trained_parameters: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
 class StageStarted:
-    """A stage without an inner counter begins: "open", "export", "validate", "report", "publish"."""
+    """A stage begins: "open", "recovery" or "finish" where they are end to end, "export", "validate", "publish"."""
 
     name: str
     detail: str = ""
@@ -81,7 +109,17 @@ class Notice:
     shortfall: bool = False  # the result is less than what was asked for
 
 
-Event = RunStarted | TextReady | LearningRateChosen | BlockProgress | BlockFinished | StageStarted | Notice
+Event = (
+    RunStarted
+    | TextReady
+    | LearningRateChosen
+    | BlockProgress
+    | BlockFinished
+    | FinetuningProgress
+    | FinetuningFinished
+    | StageStarted
+    | Notice
+)
 Progress = Callable[[Event], None]
 
 

@@ -92,7 +92,7 @@ class DsnotRecipe(_Section):
 class _RecoveryMethod(_Section):
     """The first keys of ``RecoveryRecipe``: bases come in this order, so that they stand first in a file."""
 
-    method: Literal["ebft", "none"] = "ebft"
+    method: Literal["ebft", "dsnot", "none"] = "ebft"
     targets: Literal["block", "model"] = (
         "model"  # the dense block on the same inputs, or the dense model's own activations
     )
@@ -109,8 +109,7 @@ class RecoveryRecipe(TrainingRecipe, _RecoveryMethod):
 class _FinishMethod(_Section):
     """The first keys of ``FinishRecipe``."""
 
-    # auto: kl where weights, gradients, Adam's moments and activations of the whole model fit in memory
-    method: Literal["none", "kl", "auto"] = "none"
+    method: Literal["none", "kl"] = "none"
     temperature: Positive = 1.0
 
 

@@ -1,0 +1,135 @@
+"""The stages after the pass over the blocks that need all of them at once; until then blocks wait in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from compressor.devices import mixed_precision
+from compressor.errors import StoppedSafely
+from compressor.finetuning import Finetuned, SparseModel, Stage, Step, Windows, stages_of, with_masks
+from compressor.linears import PrunableMatrix
+from compressor.models.source import BlockSource
+from compressor.models.writer import CheckpointWriter
+from compressor.perplexities import PerplexityStreams
+from compressor.progress import FinetuningFinished, FinetuningProgress, Progress, StageStarted
+from compressor.recipe import Recipe
+from compressor.sparsity import Mask
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A block that waits: pruned, repaired, float32."""
+
+    block: nn.Module
+    masks: Mapping[str, Mask]
+    matrices: Sequence[PrunableMatrix]
+
+
+class EndToEnd:
+    """Holds the blocks of a run, tunes them together, and commits them in order.
+
+    Args:
+        source: Embedding, head, and how blocks are run.
+        recipe: Says which stages there are.
+        device: Where all blocks are.
+        stop: Asked after each step; true ends the run.
+        progress: Receives events.
+    """
+
+    def __init__(
+        self,
+        source: BlockSource,
+        recipe: Recipe,
+        *,
+        device: torch.device,
+        stop: Callable[[], bool],
+        progress: Progress,
+    ) -> None:
+        self._source, self._recipe, self._device = source, recipe, device
+        self._stop, self._progress = stop, progress
+        self._held: list[_Held] = []
+        self.stages: tuple[Stage, ...] = stages_of(recipe)
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether a stage asks for the dense model's last hidden states."""
+        return any(stage.needs_dense for stage in self.stages)
+
+    def hold(self, block: nn.Module, masks: Mapping[str, Mask], matrices: Sequence[PrunableMatrix]) -> None:
+        """Keep the next block, in order, until :meth:`commit`."""
+        self._held.append(_Held(block, masks, matrices))
+
+    def tune(self, training: Windows, heldout: Windows) -> tuple[Finetuned, ...]:
+        """Run every stage over the held blocks; what each of them brought.
+
+        Raises:
+            StoppedSafely: ``stop`` said so between two steps.
+            ReportedError: A loss is not finite before the first step, and the like.
+        """
+        model = self._model(training, heldout)
+        done = []
+        for stage in self.stages:
+            self._progress(StageStarted(stage.name, f"{stage.method}, all blocks together"))
+            tuned = stage.tune(model, self._recipe.seed, partial(self._tell, stage))
+            model = with_masks(model, tuned)
+            self._tell_finished(stage, tuned)
+            done.append(tuned)
+        self._held = [
+            _Held(held.block, masks, held.matrices)
+            for held, masks in zip(self._held, model.masks, strict=True)
+        ]
+        return tuple(done)
+
+    def commit(self, writer: CheckpointWriter, evaluation: PerplexityStreams) -> None:
+        """Store every held block, and push the evaluation windows through it."""
+        for index, held in enumerate(self._held):
+            writer.commit(index, held.block, held.masks)  # rounds to the exported type
+            evaluation.advance("recovered", index, held.block)
+        self._held.clear()
+
+    def _model(self, training: Windows, heldout: Windows) -> SparseModel:
+        return SparseModel(
+            blocks=[held.block for held in self._held],
+            masks=[held.masks for held in self._held],
+            matrices=[held.matrices for held in self._held],
+            training=training,
+            heldout=heldout,
+            embed=self._source.embed,
+            forward=self._source.forward,
+            head=self._source.head,
+            load_dense=self._source.load_block,
+            vocab_size=self._source.vocab_size,
+            device=self._device,
+            amp_dtype=mixed_precision(self._device),
+        )
+
+    def _tell(self, stage: Stage, step: Step) -> None:
+        self._progress(FinetuningProgress(stage.name, step.number, step.total, step.lr, step.trial))
+        if self._stop():
+            raise StoppedSafely(
+                "E-STOPPED",
+                f"stopped in the {stage.name} after step {step.number} of {step.total}",
+                "run the same command again",
+            )
+
+    def _tell_finished(self, stage: Stage, tuned: Finetuned) -> None:
+        self._progress(
+            FinetuningFinished(
+                stage=stage.name,
+                method=tuned.method,
+                loss=tuned.loss,
+                loss_before=tuned.loss_before,
+                loss_after=tuned.loss_after,
+                best_step=tuned.best_step,
+                steps=tuned.steps,
+                lr=tuned.lr,
+                tried=tuned.tried,
+                trained_parameters=tuned.trained_parameters,
+                elapsed_s=tuned.elapsed_s,
+            )
+        )

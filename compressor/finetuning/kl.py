@@ -1,0 +1,21 @@
+"""The end-to-end finish: all kept weights, tuned until the sparse model predicts like the dense one.
+
+    min_W  mean over tokens of τ² · KL( softmax(z_dense / τ) ‖ softmax(z_sparse(M * W) / τ) ),   M frozen
+
+on the calibration windows of the recovery before it. Knowledge distillation (Hinton et al., arXiv 1503.02531)
+with the dense model as the teacher, as sparse finetuning does it (arXiv 2310.06927), without its other terms.
+"""
+
+from __future__ import annotations
+
+from compressor.finetuning.losses import Objective
+from compressor.finetuning.parametrisation import OwnWeights
+from compressor.finetuning.sparse_model import SparseModel
+from compressor.finetuning.tuning import Finetuned, Tell, tune
+from compressor.recipe import FinishRecipe
+
+
+def finish(model: SparseModel, recipe: FinishRecipe, *, seed: int, tell: Tell) -> Finetuned:
+    """Tunes all kept weights, biases and norm gains of ``model``'s blocks in place; see ``tuning.tune``."""
+    objective = Objective(kd=1.0, temperature=recipe.temperature)
+    return tune("kl", model, OwnWeights(model), objective, recipe, recipe.trials, seed=seed, tell=tell)

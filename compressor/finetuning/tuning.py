@@ -1,0 +1,287 @@
+"""The end-to-end training of a sparse model: learning rate, steps, held-out selection, merge."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import InputRefused
+from compressor.finetuning.losses import Objective, squarehead, token_loss
+from compressor.finetuning.parametrisation import Parametrisation
+from compressor.finetuning.sparse_model import KEPT_ACTIVATIONS_BYTES, SparseModel, Windows, hidden_states
+from compressor.recipe import LearningRateTrials, TrainingRecipe
+from compressor.recovery.frozen_masks import FrozenMasks
+from compressor.recovery.heldout import BestWeights
+from compressor.recovery.lr_probe import climb, log_ratio
+from compressor.recovery.precision import autocast, deterministic, random_state
+from compressor.recovery.training import Batches, Course, Task, train, trainable
+from compressor.sparsity import Mask
+from compressor.streams import in_order, prefetched
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the training is: after step ``number`` of ``total`` at a learning rate, of a trial or in earnest."""
+
+    number: int
+    total: int
+    lr: float
+    trial: bool
+
+
+Tell = Callable[[Step], None]
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """How an end-to-end training went.
+
+    Attributes:
+        method: Name in the recipe.
+        loss: What was minimised, such as ``kl``.
+        loss_before: It on the held-out windows, of the model as it came (step 0).
+        loss_after: The same of the weights that were kept.
+        train_loss_first: Calibration loss averaged over the first epoch; ``None`` if it diverged there.
+        train_loss_last: The same over the last finite epoch.
+        best_step: The step whose weights were kept; 0 means that no step was better than none.
+        steps: Optimiser steps made, trials not counted.
+        lr: Peak learning rate.
+        tried: Learning rates that were tried, ascending; empty where it was given.
+        trained_parameters: How many numbers were free to move.
+        diverged: Whether a loss became NaN or infinite and the training stopped there.
+        elapsed_s: Wall time, trials included.
+        masks: New masks of each block, of a method whose merge fills zeros; ``None`` where they stayed frozen.
+    """
+
+    method: str
+    loss: str
+    loss_before: float
+    loss_after: float
+    train_loss_first: float | None
+    train_loss_last: float | None
+    best_step: int
+    steps: int
+    lr: float
+    tried: tuple[float, ...]
+    trained_parameters: int
+    diverged: bool
+    elapsed_s: float
+    masks: tuple[Mapping[str, Mask], ...] | None = None
+
+
+def tune(
+    method: str,
+    model: SparseModel,
+    parametrisation: Parametrisation,
+    objective: Objective,
+    recipe: TrainingRecipe,
+    trials: LearningRateTrials,
+    *,
+    seed: int,
+    tell: Tell,
+    keeps_masks: bool = True,
+) -> Finetuned:
+    """Trains ``parametrisation`` and merges it into ``model``'s blocks; says what it brought.
+
+    The held-out loss of what is kept is never above that of the model as it came, unless the recipe's selection
+    is ``last``.
+
+    Args:
+        method: Name in the recipe, for the result.
+        model: Its blocks are changed in place; masked weights are set to 0 first.
+        parametrisation: What is trained.
+        objective: What is minimised.
+        recipe: Epochs, batch size, optimiser, schedule, selection.
+        trials: How a learning rate ``auto`` is found.
+        seed: Of the order of the windows and of dropout; same seed and device, same weights bit for bit.
+        tell: Called after each step; what it raises ends the training.
+        keeps_masks: Whether the merge leaves masked weights at 0; it is verified.
+
+    Raises:
+        InputRefused: No windows to train on or to select by; a loss that is NaN or infinite before step 1.
+        ReportedError: A masked weight moved (a fault of the program).
+    """
+    started = time.perf_counter()
+    frozen = FrozenMasks(model.together(), model.all_masks())
+    frozen.zero_weights()
+    tuning = _Tuning(model, parametrisation, objective, recipe)
+    before = tuning.heldout()
+    _check(model, method, before)
+    best = BestWeights(parametrisation.weights, before)
+    with trainable(parametrisation.weights), deterministic(model.device):
+        lr, tried = tuning.choose_lr(trials, best, seed, tell)
+        course = tuning.course(recipe, best, lr=lr, seed=seed, tell=tell)
+    keep_best = recipe.selection == "heldout" or course.diverged
+    if keep_best:
+        best.restore()
+    parametrisation.merge()
+    if keeps_masks:
+        frozen.verify()
+    return Finetuned(
+        method=method,
+        loss=objective.name,
+        loss_before=before,
+        loss_after=best.loss if keep_best else course.heldout,
+        train_loss_first=course.train[0] if course.train else None,
+        train_loss_last=course.train[-1] if course.train else None,
+        best_step=best.step if keep_best else course.steps,
+        steps=course.steps,
+        lr=lr,
+        tried=tried,
+        trained_parameters=parametrisation.count,
+        diverged=course.diverged,
+        elapsed_s=time.perf_counter() - started,
+    )
+
+
+class _Tuning:
+    """One model under one parametrisation and objective."""
+
+    def __init__(
+        self,
+        model: SparseModel,
+        parametrisation: Parametrisation,
+        objective: Objective,
+        recipe: TrainingRecipe,
+    ) -> None:
+        self._model, self._parametrisation, self._objective = model, parametrisation, objective
+        self._recipe = recipe
+        # Errors in every layer need a second, dense model beside the sparse one.
+        layers = range(len(model.blocks)) if objective.sq else ()
+        self._dense_blocks = [model.load_dense(index) for index in layers]
+        self._recompute = _recomputes(model, recipe.batch_size)
+
+    def course(
+        self, recipe: TrainingRecipe, best: BestWeights | None, *, lr: float, seed: int, tell: Tell
+    ) -> Course:
+        """One training from the weights as they are, with random numbers of its own."""
+        task = Task(
+            weights=self._parametrisation.weights,
+            windows=len(self._model.training),
+            losses=lambda batches: self._losses(self._model.training, batches),
+            heldout=self.heldout,
+            zero_gradients=self._parametrisation.zero_gradients,
+            device=self._model.device,
+            amp_dtype=self._model.amp_dtype,
+        )
+        trial = best is None
+
+        def told(number: int, total: int) -> None:
+            tell(Step(number, total, lr, trial))
+
+        with random_state(self._model.device, seed):
+            self._parametrisation.train(True)
+            return train(task, recipe, best, lr=lr, seed=seed, progress=told)
+
+    def choose_lr(
+        self, trials: LearningRateTrials, origin: BestWeights, seed: int, tell: Tell
+    ) -> tuple[float, tuple[float, ...]]:
+        """The learning rate, and those that were tried: each from ``origin``, with a full schedule of its own."""
+        if self._recipe.lr != "auto":
+            return self._recipe.lr, ()
+        candidates = sorted(trials.candidates)
+        short = self._recipe.model_copy(update={"epochs": trials.epochs})
+        scores: dict[int, float] = {}
+
+        def score(place: int) -> float:
+            if place not in scores:
+                course = self.course(short, None, lr=candidates[place], seed=seed, tell=tell)
+                origin.restore()
+                scores[place] = log_ratio(math.nan if course.diverged else course.heldout, origin.loss)
+            return scores[place]
+
+        if len(candidates) == 1:
+            return candidates[0], ()
+        best = climb(len(candidates) // 2, range(len(candidates)), score)
+        return candidates[best], tuple(candidates[place] for place in sorted(scores))
+
+    def heldout(self) -> float:
+        """The objective over all held-out windows, without dropout; the training goes on with it."""
+        windows = self._model.heldout
+        batches = in_order(len(windows), self._recipe.batch_size)
+        total = torch.zeros((), dtype=torch.float64, device=self._model.device)
+        self._parametrisation.train(False)
+        with torch.no_grad():
+            for rows, loss in zip(batches, self._losses(windows, batches), strict=True):
+                total += loss * len(rows)
+        self._parametrisation.train(True)
+        return float(total) / max(1, len(windows))
+
+    def _losses(self, windows: Windows, batches: Batches) -> Iterator[Tensor]:
+        """The objective of each batch, in float32."""
+        model, objective = self._model, self._objective
+        for ids, dense in _batches(windows, batches, model.device):
+            with autocast(model):
+                states = hidden_states(model, self._parametrisation.blocks, ids, recompute=self._recompute)
+                wanted = self._dense_states(ids)
+                loss = states[-1].new_zeros(())
+                if objective.ce or objective.kd:
+                    loss = token_loss(
+                        objective,
+                        model.head,
+                        states[-1],
+                        wanted[-1] if wanted else dense,
+                        ids,
+                        vocab_size=model.vocab_size,
+                    )
+                if objective.sq:
+                    loss = loss + objective.sq * squarehead(states, wanted)
+            yield loss
+
+    def _dense_states(self, ids: Tensor) -> list[Tensor]:
+        """The dense model's hidden states; none where no layer is compared."""
+        with torch.no_grad():
+            return hidden_states(self._model, self._dense_blocks, ids) if self._dense_blocks else []
+
+
+def _batches(
+    windows: Windows, batches: Batches, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Ids (B, T) and, where they are kept, the dense model's last hidden states (B, T, D), on the device."""
+    if windows.dense is None:
+        for rows in batches:
+            yield windows.ids[list(rows)].to(device), None
+        return
+    for rows, (dense,) in zip(batches, prefetched([windows.dense], batches), strict=True):
+        yield windows.ids[list(rows)].to(device), dense
+
+
+def _recomputes(model: SparseModel, batch_size: int) -> bool:
+    """Whether blocks run a second time in the backward pass; see ``KEPT_ACTIVATIONS_BYTES``."""
+    if model.device.type == "cuda":
+        return True
+    tokens = min(batch_size, len(model.training)) * model.training.ids.shape[1]
+    return tokens * kept_bytes_per_token(model.blocks) > KEPT_ACTIVATIONS_BYTES
+
+
+def kept_bytes_per_token(blocks: Sequence[nn.Module]) -> int:
+    """About what a step keeps of each token without recomputation: inputs and outputs of every matrix, float32."""
+    return 4 * sum(
+        sum(weight.shape[-2:]) for block in blocks for weight in block.parameters() if weight.ndim >= 2
+    )
+
+
+def _check(model: SparseModel, method: str, loss: float) -> None:
+    counts = len(model.training), len(model.heldout)
+    if 0 in counts:
+        raise InputRefused(
+            "E-CALIBRATION-SHORT",
+            f"repair needs windows to train on and to select by; got {counts[0]} and {counts[1]}",
+            "give more calibration text, or a shorter --seqlen",
+        )
+    if not math.isfinite(loss):
+        raise InputRefused(
+            "E-LOSS-NONFINITE",
+            f"the loss of the whole model is NaN or infinite before {method} has begun",
+            "compute in float32 with --device cpu, or check the calibration text and the model's weights",
+        )
+
+
+def with_masks(model: SparseModel, finetuned: Finetuned) -> SparseModel:
+    """The model for what comes next: with the masks that the method left."""
+    return model if finetuned.masks is None else replace(model, masks=finetuned.masks)
