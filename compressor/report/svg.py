@@ -36,6 +36,11 @@ _DROPPED = ("font-family", "stroke-linejoin", "stroke-miterlimit", "stroke-linec
 _LONG_NUMBER = re.compile(r"-?\d+\.\d{2,}")
 
 
+def variable(colour: str) -> str:
+    """The page's CSS variable that a stand-in colour becomes."""
+    return _VARIABLES[colour]
+
+
 @contextlib.contextmanager
 def drawing() -> Iterator[None]:
     """Matplotlib's own defaults, whatever the user's are; names are never read as mathematics; no chatter."""

@@ -124,6 +124,17 @@ def reserve_output(
         yield plan_output(out, force, model=model)
 
 
+def check_reachable(plan: OutputPlan, *, model: str | Path | None = None) -> None:
+    """Do nothing where the output can be written, whatever of it exists already. Changes nothing on disk.
+
+    Raises:
+        OutputRefused: The parent is missing or not writable, something else lies there, or it lies in ``model``.
+    """
+    _check_place(plan)
+    _check_clear_of_model(plan, model)
+    _check_writable(plan)
+
+
 def name_output(out: str | Path, force: bool = False) -> OutputPlan:
     """The names alone, without a look at the disk.
 

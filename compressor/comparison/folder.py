@@ -1,0 +1,114 @@
+"""The output folder of a comparison: its results, and hidden beside them what the next call goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from compressor.comparison.results import Figures, figures_from_tree, figures_to_json
+from compressor.errors import OutputRefused, UsageError
+from compressor.run.atomic import replace_file
+from compressor.run.lock import hold_output
+from compressor.run.output import check_reachable, name_output
+
+STATE = ".compare"
+PRODUCTS = ("compare.json", "compare.csv", "compare.md", "compare.html")
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class ResultsFolder:
+    """A folder that is held for one comparison at a time.
+
+    Attributes:
+        root: Where the results lie.
+    """
+
+    root: Path
+
+    @property
+    def state(self) -> Path:
+        """What the next call goes on from."""
+        return self.root / STATE
+
+    @property
+    def shared(self) -> Path:
+        """What cells share: windows, activations, pruned models. It goes when the grid is complete."""
+        return self.state / "shared"
+
+    def figures(self, fingerprint: str) -> Figures | None:
+        """The figures of a cell that was finished before; None without them, or where they cannot be read."""
+        try:
+            tree = json.loads(self._cell(fingerprint).read_text(encoding="utf-8"))
+            return figures_from_tree(tree)
+        except (OSError, ValueError, ValidationError, AttributeError, TypeError):
+            return None
+
+    def keep(self, fingerprint: str, figures: Figures) -> None:
+        """Record a finished cell."""
+        self._cell(fingerprint).parent.mkdir(parents=True, exist_ok=True)
+        replace_file(self._cell(fingerprint), figures_to_json(figures).encode())
+
+    def _cell(self, fingerprint: str) -> Path:
+        return self.state / "cells" / f"{fingerprint}.json"
+
+    def forget_shared(self) -> None:
+        """Remove what cells share; every cell that is made later makes it again."""
+        shutil.rmtree(self.shared, ignore_errors=True)
+
+    def write(self, name: str, text: str) -> Path:
+        """Put a result into the folder; its path."""
+        path = self.root / name
+        replace_file(path, text.encode())
+        return path
+
+
+@contextmanager
+def reserve_folder(
+    out: str | Path, force: bool, *, model: str | Path | None = None
+) -> Iterator[ResultsFolder]:
+    """The folder of ``--out``, held while the context lasts; made if need be.
+
+    Args:
+        out: A new folder, an empty one, or that of an earlier comparison, which goes on.
+        force: Forget the earlier comparison; other files may lie there and stay.
+        model: The input model; where it is a local folder, the output must stay clear of it.
+
+    Raises:
+        UsageError: E-OUTPUT-NAME; the path names a file.
+        OutputRefused: Another comparison holds it, it cannot be written, or it holds other files.
+    """
+    plan = name_output(out)
+    if plan.is_file:
+        raise UsageError(
+            "E-OUTPUT-KIND", f"--out {out} names a file, a comparison is a folder", "give a folder"
+        )
+    with hold_output(plan.folder / PRODUCTS[0]):
+        check_reachable(plan, model=model)
+        folder = ResultsFolder(plan.folder)
+        marker = folder.state / "state.json"
+        found = sorted(os.listdir(folder.root)) if folder.root.is_dir() else []
+        if found and not force and not marker.is_file():
+            raise OutputRefused(
+                "E-OUTPUT-EXISTS",
+                f"the folder {folder.root} holds {found[0]}, and no comparison that could go on",
+                "give another --out, or add --force to write beside what lies there",
+            )
+        if force:
+            _forget(folder)
+        folder.state.mkdir(parents=True, exist_ok=True)
+        replace_file(marker, json.dumps({"schema": _SCHEMA}).encode())
+        yield folder
+
+
+def _forget(folder: ResultsFolder) -> None:
+    shutil.rmtree(folder.state, ignore_errors=True)
+    for name in PRODUCTS:
+        (folder.root / name).unlink(missing_ok=True)

@@ -1,0 +1,220 @@
+"""What a comparison found out: its cells, and the document that ``compare.json`` holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from compressor.comparison.failures import CellFailure
+from compressor.errors import InputRefused
+from compressor.report.nonfinite import finite_tree, restore_numbers
+from compressor.report.schema import (
+    CalibrationFacts,
+    LearningRateFacts,
+    ModelFacts,
+    PeakMemory,
+    PerplexityProtocol,
+)
+
+SCHEMA_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextPerplexity(_Part):
+    """Perplexity on one text: of the dense model, of the pruned one, and of the one that the cell ends with."""
+
+    dense: float
+    pruned: float
+    recovered: float
+
+
+class Seconds(_Part):
+    """Wall seconds of what a method does.
+
+    Attributes:
+        pruning: Statistics and masks; where masks are shared, those of the pass that made them.
+        recovery: The repair of all blocks, trials of learning rates included.
+        finish: The end-to-end stage; None without one.
+        cell: The whole cell in this comparison, with opening the model and measuring perplexity.
+    """
+
+    pruning: float
+    recovery: float
+    finish: float | None = None
+    cell: float
+
+    @property
+    def method(self) -> float:
+        """What the method costs by itself: pruning, recovery and finish."""
+        return self.pruning + self.recovery + (self.finish or 0.0)
+
+
+class Losses(_Part):
+    """How well blocks were repaired, to see over-fitting: shares of the targets' mean square, averaged over blocks.
+
+    Attributes:
+        heldout_before: Held-out windows, before the repair.
+        heldout: Held-out windows, the weights that were kept.
+        calibration: Calibration windows, the last epoch; None for a method that does not train.
+    """
+
+    heldout_before: float
+    heldout: float
+    calibration: float | None = None
+
+
+class BlockFigures(_Part):
+    """One block: held-out and calibration losses as mean squared errors, steps, seconds."""
+
+    index: int
+    heldout_before: float | None = None
+    heldout: float | None = None
+    calibration: float | None = None
+    best_step: int | None = None
+    steps: int | None = None
+    seconds: float
+
+
+class FinishFigures(_Part):
+    """The end-to-end stage: held-out loss before and after in nats per token, its learning rate, steps."""
+
+    heldout_before: float
+    heldout: float
+    calibration: float | None = None
+    learning_rate: LearningRateFacts
+    best_step: int
+    steps: int
+
+
+class Figures(_Part):
+    """What one cell measured. ``perplexity`` is by the name of the text."""
+
+    perplexity: dict[str, TextPerplexity]
+    sparsity: float
+    losses: Losses | None = None
+    seconds: Seconds
+    peak_memory_bytes: PeakMemory = PeakMemory()
+    trained_parameters: int | None = None
+    learning_rate: LearningRateFacts | None = None
+    finish: FinishFigures | None = None
+    blocks: tuple[BlockFigures, ...] = ()
+    notices: tuple[str, ...] = ()
+
+
+class CellRow(_Part):
+    """One cell: what it is, and what it measured or why it failed. A cell not yet made has neither.
+
+    Attributes:
+        table: Which table of the grid it belongs to; "" in a grid of one.
+        pruner: How weights were chosen.
+        recovery: How kept weights were repaired.
+        target: ``"0.5"``, or ``"2:4"``.
+        target_sparsity: The share of zeros that this means.
+        variant: Its settings' name; "" without variants.
+        settings: Recipe settings that the cell adds to those of the whole grid.
+        masks: Whether it started from the shared pruned model or pruned along its own repaired blocks.
+        recipe_sha256: Digest of its recipe, as in the report of ``compress run``.
+        fingerprint: Digest of all that decides its figures; names its file in the state folder.
+    """
+
+    table: str = ""
+    pruner: str
+    recovery: str
+    target: str
+    target_sparsity: float
+    variant: str = ""
+    settings: dict[str, Any] = {}
+    masks: Literal["shared", "own"] = "own"
+    recipe_sha256: str | None = None
+    fingerprint: str | None = None
+    figures: Figures | None = None
+    failure: CellFailure | None = None
+
+    @property
+    def status(self) -> Literal["done", "failed", "open"]:
+        """Whether the cell was made."""
+        if self.failure is not None:
+            return "failed"
+        return "open" if self.figures is None else "done"
+
+    @property
+    def method(self) -> str:
+        """What is compared: recovery and variant."""
+        return f"{self.recovery} · {self.variant}" if self.variant else self.recovery
+
+
+class Comparison(_Part):
+    """The whole document. Equal grids on equal inputs give equal ones but for seconds, memory and versions."""
+
+    schema_version: Literal[1] = 1
+    command: Literal["compare"] = "compare"
+    model: ModelFacts
+    device: str
+    texts: dict[str, PerplexityProtocol]
+    calibration: CalibrationFacts
+    isolated: bool
+    cells: tuple[CellRow, ...]
+    recipe: dict[str, Any]
+    versions: dict[str, str] = {}
+    notices: tuple[str, ...] = ()
+
+    def tree(self) -> dict[str, Any]:
+        """The document as JSON-ready dicts and lists, with each cell's status and ``nonfinite`` as its last key."""
+        fields = self.model_dump()
+        for row, cell in zip(fields["cells"], self.cells, strict=True):
+            row["status"] = cell.status
+        tree, nonfinite = finite_tree(fields)
+        return {**tree, "nonfinite": nonfinite}
+
+    def to_json(self) -> str:
+        """The document as indented JSON, valid by RFC 8259 whatever was measured."""
+        return json.dumps(self.tree(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def figures_to_json(figures: Figures) -> str:
+    """One cell's figures as JSON."""
+    tree, nonfinite = finite_tree(figures.model_dump())
+    return json.dumps({**tree, "nonfinite": nonfinite}, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def figures_from_tree(tree: Mapping[str, Any]) -> Figures:
+    """The figures that :func:`figures_to_json` wrote.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    fields = json.loads(json.dumps(dict(tree)))
+    restore_numbers(fields, fields.pop("nonfinite", {}))
+    return Figures.model_validate(fields)
+
+
+def comparison_from_tree(tree: Mapping[str, Any]) -> Comparison:
+    """The document that :meth:`Comparison.tree` turned into dicts and lists.
+
+    Raises:
+        InputRefused: It has another schema version, or is something else.
+    """
+    version = tree.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise InputRefused(
+            "E-REPORT-SCHEMA",
+            f"compare.json has schema {version}; this version reads {SCHEMA_VERSION}",
+            "run compress compare again",
+        )
+    try:
+        fields = json.loads(json.dumps(dict(tree)))
+        restore_numbers(fields, fields.pop("nonfinite", {}))
+        for row in fields["cells"]:
+            row.pop("status", None)
+        return Comparison.model_validate(fields)
+    except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
+        first = str(error).splitlines()[0]
+        raise InputRefused(
+            "E-REPORT-UNREADABLE", f"compare.json: {first}", "run compress compare again"
+        ) from None
