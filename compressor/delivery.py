@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from compressor.block_pass import PassResult
 from compressor.evaluation import Evaluation
@@ -23,7 +21,6 @@ from compressor.report.html import write_report
 from compressor.report.schema import (
     CalibrationFacts,
     PeakMemory,
-    PerplexityFacts,
     Report,
     SizeFacts,
     SparsityFacts,
@@ -31,10 +28,14 @@ from compressor.report.schema import (
 from compressor.reporting import (
     block_rows,
     bytes_by_encoding,
+    count_masks,
     installed_versions,
     learning_rate_facts,
     load_facts,
     manifest_facts,
+    onnx_bytes,
+    perplexity_facts,
+    share_of_zeros,
     stage_seconds,
     validation_facts,
     weight_rows,
@@ -100,7 +101,8 @@ class Delivery:
         self._measure = measure
         self._progress = progress
         self._versions = installed_versions()
-        self._masks = read_masks(hf_folder / MASKS_NAME)
+        self._counts = count_masks(read_masks(hf_folder / MASKS_NAME))
+        self._sparsity = share_of_zeros(self._counts.values())
 
     def deliver(
         self,
@@ -120,7 +122,7 @@ class Delivery:
             require: Names of checks that must not be skipped.
             notices: What was told already and belongs into the report.
         """
-        lacking = shortfalls(measured.perplexities, self._subject.target_sparsity, self._masks)
+        lacking = shortfalls(measured.perplexities, self._subject.target_sparsity, self._sparsity)
         for message in lacking:
             self._progress(Notice(message, shortfall=True))
         with self._measure.stage("export"):
@@ -153,7 +155,7 @@ class Delivery:
             self._plan.data.name,
             encoding=settings.encoding,
             metadata=self._metadata(),
-            pruned=set(self._masks),
+            pruned=set(self._counts),
         )
         self._copy_model_files()
         manifest = Manifest(
@@ -218,10 +220,7 @@ class Delivery:
         notices: tuple[str, ...],
     ) -> Report:
         subject, passed = self._subject, measured.passed
-        masks = {name: torch.from_numpy(mask) for name, mask in self._masks.items()}
-        kept = sum(int(mask.sum()) for mask in masks.values())
-        total = sum(mask.numel() for mask in masks.values())
-        onnx_bytes = self._plan.onnx.stat().st_size + self._plan.data.stat().st_size
+        onnx_perplexity = None if validation is None else validation.perplexity.get("onnx")
         element_bytes = torch.empty(0, dtype=subject.dtype).element_size()
         parameters = subject.facts.parameters
         return Report(
@@ -229,26 +228,20 @@ class Delivery:
             output=self._plan.onnx.name,
             model=subject.facts,
             sparsity=SparsityFacts(
-                target=subject.target_sparsity,
-                measured=1 - kept / total if total else 0.0,
-                pattern=subject.n_m,
+                target=subject.target_sparsity, measured=self._sparsity, pattern=subject.n_m
             ),
-            perplexity=PerplexityFacts(
-                dense=measured.perplexities.get("dense"),
-                pruned=measured.perplexities.get("pruned"),
-                recovered=measured.perplexities.get("recovered"),
-                onnx=None if validation is None else validation.perplexity.get("onnx"),
-                protocol=None if measured.evaluation is None else measured.evaluation.facts(),
+            perplexity=perplexity_facts(
+                {**measured.perplexities, "onnx": onnx_perplexity}, measured.evaluation
             ),
             calibration=measured.calibration,
             validation=validation_facts(validation),
             size=SizeFacts(
                 source_bytes=subject.source_bytes,
                 dense_bytes=None if parameters is None else parameters * element_bytes,
-                onnx_bytes=onnx_bytes,
+                onnx_bytes=onnx_bytes(self._plan),
                 by_encoding=bytes_by_encoding(manifest.tensors),
             ),
-            weights=weight_rows(masks, subject.blocks_name, manifest.tensors),
+            weights=weight_rows(self._counts, subject.blocks_name, manifest.tensors),
             blocks=() if passed is None else block_rows(passed),
             recovery=self._recipe.recovery.method if passed is not None else None,
             learning_rate=None if passed is None else learning_rate_facts(passed),
@@ -264,14 +257,14 @@ class Delivery:
 
 
 def shortfalls(
-    perplexities: Mapping[str, float], target_sparsity: float | None, masks: Mapping[str, NDArray[np.bool_]]
+    perplexities: Mapping[str, float], target_sparsity: float | None, sparsity: float
 ) -> list[str]:
     """What a user should know although nothing failed: a repair that made things worse, fewer zeros than asked for.
 
     Args:
         perplexities: By version of the model.
         target_sparsity: Share of zeros asked for; None where nothing was pruned.
-        masks: By parameter, True = kept.
+        sparsity: Share of zeros that there is.
     """
     found = []
     pruned, recovered = perplexities.get("pruned"), perplexities.get("recovered")
@@ -280,12 +273,9 @@ def shortfalls(
             f"the repair raised the perplexity from {pruned:.2f} to {recovered:.2f}: it fits the calibration text, not "
             "the evaluation text; give more calibration windows, or text closer to the model's use"
         )
-    total = sum(mask.size for mask in masks.values())
-    if target_sparsity is not None and total:
-        zeros = total - sum(int(mask.sum()) for mask in masks.values())
-        if zeros / total < target_sparsity - 1e-4:
-            found.append(
-                f"{100 * zeros / total:.2f} % of the pruned weights are zero, not {100 * target_sparsity:g} %: "
-                "the share is rounded down to whole weights, row by row or block by block"
-            )
+    if target_sparsity is not None and sparsity < target_sparsity - 1e-4:
+        found.append(
+            f"{100 * sparsity:.2f} % of the pruned weights are zero, not {100 * target_sparsity:g} %: "
+            "the share is rounded down to whole weights, row by row or block by block"
+        )
     return found

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+import numpy as np
+from numpy.typing import NDArray
+
 from compressor.block_pass import PassResult
+from compressor.evaluation import Evaluation
 from compressor.report.schema import (
     BlockRow,
     CheckRow,
@@ -15,18 +20,40 @@ from compressor.report.schema import (
     LearningRateFacts,
     LoadFacts,
     ManifestFacts,
+    PerplexityFacts,
     ValidationFacts,
     WeightRow,
 )
-from compressor.sparsity import Mask
+from compressor.run.output import OutputPlan
 from exporters.encoding import summarize
 from exporters.manifest import Manifest, TensorRow
-from validators.checks import ValidationReport
+from validators.checks import PERPLEXITY_KEYS, ValidationReport
 
 _DISTRIBUTIONS = (
     "blockpress", "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime-gpu",
     "optimum", "safetensors", "tokenizers",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MaskCount:
+    """How much of one parameter is kept; ``shape`` is the mask's."""
+
+    shape: tuple[int, ...]
+    size: int
+    kept: int
+
+
+def count_masks(masks: Mapping[str, NDArray[np.bool_]]) -> dict[str, MaskCount]:
+    """The count of each mask (True = kept) by parameter; one mask is in memory at a time."""
+    return {name: MaskCount(mask.shape, mask.size, int(mask.sum())) for name, mask in masks.items()}
+
+
+def share_of_zeros(counts: Iterable[MaskCount]) -> float:
+    """Zeros as a share of all masked weights; 0 without masks."""
+    counts = list(counts)
+    size = sum(count.size for count in counts)
+    return 1 - sum(count.kept for count in counts) / size if size else 0.0
 
 
 def installed_versions() -> dict[str, str]:
@@ -69,6 +96,19 @@ def manifest_facts(manifest: Manifest) -> ManifestFacts:
     return ManifestFacts(digest=manifest.digest, files=rows)
 
 
+def perplexity_facts(
+    perplexities: Mapping[str, float | None], evaluation: Evaluation | None
+) -> PerplexityFacts:
+    """Perplexity by version of the model, as far as it was measured, and how it was."""
+    measured = {key: perplexities.get(key) for key in PERPLEXITY_KEYS}
+    return PerplexityFacts(**measured, protocol=None if evaluation is None else evaluation.facts())
+
+
+def onnx_bytes(plan: OutputPlan) -> int:
+    """Bytes of the graph and of its data file, where it has one."""
+    return sum(path.stat().st_size for path in (plan.onnx, plan.data) if path.is_file())
+
+
 def bytes_by_encoding(tensors: Iterable[TensorRow]) -> dict[str, EncodingBytes]:
     """Tensors, stored bytes and dense bytes of each encoding that is used."""
     totals: dict[str, list[int]] = {}
@@ -98,20 +138,20 @@ def block_rows(passed: PassResult) -> tuple[BlockRow, ...]:
 
 
 def weight_rows(
-    masks: Mapping[str, Mask], blocks_name: str, tensors: Iterable[TensorRow]
+    counts: Mapping[str, MaskCount], blocks_name: str, tensors: Iterable[TensorRow]
 ) -> tuple[WeightRow, ...]:
-    """One row per masked parameter: measured sparsity, and how it is stored. ``masks``: by full parameter name."""
+    """One row per masked parameter: measured sparsity, and how it is stored. ``counts``: by full parameter name."""
     stored = {tensor.name: tensor for tensor in tensors}
     rows = []
-    for name, mask in masks.items():
+    for name, count in counts.items():
         index, _, short = name.removeprefix(f"{blocks_name}.").partition(".")
         tensor = stored.get(name)
         rows.append(
             WeightRow(
                 block=int(index),
                 name=short,
-                shape=tuple(mask.shape),
-                sparsity=1.0 - float(mask.sum()) / mask.numel(),
+                shape=count.shape,
+                sparsity=share_of_zeros([count]),
                 encoding=tensor.encoding if tensor else None,
                 stored_bytes=tensor.stored_bytes if tensor else None,
                 dense_bytes=tensor.bytes_by_encoding["dense"] if tensor else None,

@@ -7,37 +7,42 @@ from pathlib import Path
 
 from compressor.errors import OutputRefused
 from compressor.report.html import write_report
-from compressor.report.schema import (
-    ManifestFacts,
-    ModelFacts,
-    PerplexityFacts,
-    Report,
-    SizeFacts,
-    SparsityFacts,
+from compressor.report.schema import ModelFacts, Report, SizeFacts, SparsityFacts
+from compressor.reporting import (
+    bytes_by_encoding,
+    installed_versions,
+    load_facts,
+    manifest_facts,
+    onnx_bytes,
+    perplexity_facts,
+    stage_seconds,
+    validation_facts,
 )
-from compressor.reporting import installed_versions, load_facts, stage_seconds, validation_facts
 from compressor.validation import ValidationOutcome
-from validators.checks import PERPLEXITY_KEYS
+from exporters.manifest import Manifest, read_manifest
 
 
 def validation_document(outcome: ValidationOutcome) -> Report:
-    """The report of a validation; what only the run could know comes from the run's report beside the file."""
-    found, recorded = outcome.report, outcome.recorded
-    measured = {key: found.perplexity.get(key) for key in PERPLEXITY_KEYS}
-    protocol = None if outcome.evaluation is None else outcome.evaluation.facts()
-    source = outcome.reference or outcome.plan.onnx
+    """The report of a validation; what only the run could know comes from the run's report beside the file.
+
+    Raises:
+        ExportError: The manifest, which was right when it was validated, cannot be read.
+    """
+    found, recorded, plan = outcome.report, outcome.recorded, outcome.plan
+    manifest = read_manifest(plan.manifest) if plan.manifest.is_file() else None
+    source = outcome.reference or plan.onnx
     return Report(
         command="validate",
-        output=outcome.plan.onnx.name,
+        output=plan.onnx.name,
         model=ModelFacts(name=source.name) if recorded is None else recorded.model,
         sparsity=SparsityFacts() if recorded is None else recorded.sparsity,
-        perplexity=PerplexityFacts(**measured, protocol=protocol),
+        perplexity=perplexity_facts(found.perplexity, outcome.evaluation),
         validation=validation_facts(found),
-        size=_size(outcome),
+        size=_size(outcome, manifest),
         versions=installed_versions(),
-        load=load_facts(None, found),
+        load=load_facts(manifest, found),
         timings=stage_seconds(found),
-        manifest=_manifest(outcome),
+        manifest=None if manifest is None else manifest_facts(manifest),
         notices=(*found.notices, *outcome.notices),
     )
 
@@ -100,13 +105,12 @@ def publish_report(report: Report, json_path: Path, html_path: Path) -> None:
             part.unlink(missing_ok=True)
 
 
-def _size(outcome: ValidationOutcome) -> SizeFacts:
-    plan, recorded = outcome.plan, outcome.recorded
-    onnx_bytes = sum(path.stat().st_size for path in (plan.onnx, plan.data) if path.is_file())
-    if recorded is None:
-        return SizeFacts(onnx_bytes=onnx_bytes)
-    return recorded.size.model_copy(update={"onnx_bytes": onnx_bytes})
-
-
-def _manifest(outcome: ValidationOutcome) -> ManifestFacts | None:
-    return None if outcome.recorded is None else outcome.recorded.manifest
+def _size(outcome: ValidationOutcome, manifest: Manifest | None) -> SizeFacts:
+    """Sizes of the files that were validated; those of the model that went in come from the run's report."""
+    recorded = outcome.recorded
+    return SizeFacts(
+        source_bytes=None if recorded is None else recorded.size.source_bytes,
+        dense_bytes=None if recorded is None else recorded.size.dense_bytes,
+        onnx_bytes=onnx_bytes(outcome.plan),
+        by_encoding={} if manifest is None else bytes_by_encoding(manifest.tensors),
+    )

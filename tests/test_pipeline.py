@@ -17,6 +17,7 @@ from compressor import compress, export
 from compressor.progress import BlockFinished, Event, Notice, RunStarted, StageStarted, TextReady
 from compressor.report.schema import read_report
 from compressor.validation import validate_export
+from compressor.validation_report import validation_document
 from exporters.errors import ReportedError
 from exporters.manifest import read_manifest
 from exporters.masks import read_masks
@@ -268,6 +269,16 @@ def test_pipeline_output_validates_again(workshop: Workshop) -> None:
     assert again.reference == result.out.with_name("sparse.hf")
     assert again.report.perplexity["onnx"] == result.report["perplexity"]["onnx"]
     assert again.report.perplexity["dense"] == result.report["perplexity"]["dense"]
+
+
+def test_pipeline_report_of_a_validation_states_the_same_facts(workshop: Workshop) -> None:
+    """Where run and validation know the same, they say the same: sizes, manifest, model, what loading means."""
+    result = workshop.file_output
+    document = validation_document(validate_export(result.out, structure_only=True)).tree()
+    for key in ("model", "sparsity", "size", "manifest"):
+        assert document[key] == result.report[key], key
+    assert document["load"]["note"] == result.report["load"]["note"]
+    assert document["size"]["by_encoding"]["sparse"]["tensors"] > 0
 
 
 def test_pipeline_folder_output_validates_its_masks_and_skips_parity(workshop: Workshop) -> None:
