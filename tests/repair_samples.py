@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from compressor.linears import IgnoreRules, prunable_matrices
+from compressor.pruning.pruner import lowest_in_groups
 from compressor.recovery.block_io import BlockIO
+from compressor.sparsity import SparsityPattern
 from compressor.streams import Activations
 
 
@@ -43,17 +46,32 @@ class Sample:
     io: BlockIO
 
 
-def sample(windows: int = 12, heldout: int = 4, seqlen: int = 6, amp: torch.dtype | None = None) -> Sample:
-    """A block whose linears lost half their weights, with targets of the dense block on the same inputs."""
-    dense = TinyBlock()
+def sample(
+    windows: int = 12,
+    heldout: int = 4,
+    seqlen: int = 6,
+    amp: torch.dtype | None = None,
+    *,
+    width: int = 8,
+    mean: float = 0.0,
+    pattern: SparsityPattern | None = None,
+) -> Sample:
+    """A block whose linears lost half their weights, with targets of the dense block on the same inputs.
+
+    `mean` is that of the inputs. With an N:M `pattern` the smallest weights of each group went, else random ones.
+    """
+    dense = TinyBlock(width)
     block = copy.deepcopy(dense)
     generator = torch.Generator().manual_seed(1)
     masks = {}
     for name in ("up.weight", "down.weight"):
         weight = block.get_parameter(name)
-        masks[name] = torch.rand(weight.shape, generator=generator) > 0.5
+        if pattern is None:
+            masks[name] = torch.rand(weight.shape, generator=generator) > 0.5
+        else:
+            masks[name] = ~lowest_in_groups(weight.abs(), pattern)
         weight.masked_fill_(~masks[name], 0.0)
-    inputs = torch.randn(windows + heldout, seqlen, 8, generator=generator)
+    inputs = mean + torch.randn(windows + heldout, seqlen, width, generator=generator)
     targets = dense(inputs)
     io = BlockIO(
         inputs=Activations.filled(inputs[:windows]),
@@ -63,6 +81,9 @@ def sample(windows: int = 12, heldout: int = 4, seqlen: int = 6, amp: torch.dtyp
         forward=lambda module, hidden: module(hidden),
         device=torch.device("cpu"),
         amp_dtype=amp,
+        matrices=[m for m in prunable_matrices(block, "block", IgnoreRules()) if m.parameter in masks],
+        pattern=pattern,
+        load_dense=lambda: copy.deepcopy(dense),
     )
     return Sample(dense, block, masks, io)
 

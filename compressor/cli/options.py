@@ -74,7 +74,10 @@ RECOVERY = Section(
     "Recovery",
     (
         Setting(
-            "--recovery", "recovery.method", click.Choice(["ebft", "none"]), "How kept weights are repaired."
+            "--recovery",
+            "recovery.method",
+            click.Choice(["ebft", "dsnot", "none"]),
+            "How kept weights are repaired.",
         ),
         Setting("--epochs", "recovery.epochs", int, "Passes over the calibration windows per block."),
         Setting(

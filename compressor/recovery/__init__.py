@@ -8,15 +8,18 @@ from typing import Protocol
 from torch import nn
 
 from compressor.recipe import RecoveryRecipe
+from compressor.recovery import dsnot, ebft
 from compressor.recovery.block_io import BlockIO, Repaired
-from compressor.recovery.ebft import repair
 from compressor.sparsity import Mask
 
 __all__ = ["RECOVERIES", "BlockIO", "BlockRecovery", "Repaired"]
 
 
 class BlockRecovery(Protocol):
-    """Tunes a block in place with its masks frozen; see :func:`compressor.recovery.ebft.repair`."""
+    """Repairs a block in place; see :func:`compressor.recovery.ebft.repair`.
+
+    Masks are frozen, unless the method's point is to move them: then the result holds the new ones.
+    """
 
     def __call__(
         self,
@@ -32,6 +35,7 @@ class BlockRecovery(Protocol):
 
 
 RECOVERIES: dict[str, BlockRecovery | None] = {
-    "ebft": repair,
+    "ebft": ebft.repair,
+    "dsnot": dsnot.repair,
     "none": None,
 }

@@ -56,7 +56,7 @@ class Repaired:
         train_loss_last: The same over the last finite epoch.
         best_step: The step whose weights were kept; 0 means that no step was better than none.
         steps: Optimiser steps made.
-        lr: Peak learning rate.
+        lr: Peak learning rate; 0 where nothing was trained.
         diverged: Whether a loss became NaN or infinite and the repair stopped there.
         elapsed_s: Wall time.
         masks: New masks by parameter, of a method that moves them; ``None`` where they stayed frozen.

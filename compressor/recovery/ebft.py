@@ -13,18 +13,16 @@ chosen by trial (lr_probe).
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import InputRefused
 from compressor.recipe import RecoveryRecipe
 from compressor.recovery.block_io import BlockIO, Repaired
 from compressor.recovery.frozen_masks import FrozenMasks
-from compressor.recovery.heldout import BestWeights, heldout_loss, mean_square
+from compressor.recovery.heldout import BestWeights, heldout_loss, mean_square, step_0
 from compressor.recovery.precision import autocast, deterministic
 from compressor.recovery.training import Batches, Task, train, trainable
 from compressor.sparsity import Mask
@@ -60,17 +58,9 @@ def repair(
         ReportedError: A masked weight moved (a fault of the program).
     """
     started = time.perf_counter()
-    _check_windows(io)
     frozen = FrozenMasks(block, masks)
     frozen.zero_weights()
-    power = mean_square(io.heldout_targets)
-    before = heldout_loss(block, io, recipe.batch_size)
-    if not math.isfinite(before) or not math.isfinite(power):
-        raise InputRefused(
-            "E-LOSS-NONFINITE",
-            f"the output of {io.name} is NaN or infinite before its repair has begun",
-            "compute in float32 with --device cpu, or check the calibration text and the model's weights",
-        )
+    before, power = step_0(block, io, recipe.batch_size)
     weights = trained_weights(block)
     best = BestWeights(weights, before)
     with trainable(weights), deterministic(io.device):
@@ -137,13 +127,3 @@ def loss_scale(recipe: RecoveryRecipe, io: BlockIO) -> float:
     """1, or 1 / mean(target^2) over the training windows for the normalised loss (arXiv 2310.06927)."""
     power = mean_square(io.targets) if recipe.loss == "normalized" else 1.0
     return 1.0 / power if power > 0 else 1.0
-
-
-def _check_windows(io: BlockIO) -> None:
-    counts = len(io.inputs), len(io.heldout_inputs)
-    if 0 in counts:
-        raise InputRefused(
-            "E-CALIBRATION-SHORT",
-            f"repair needs windows to train on and to select by; got {counts[0]} and {counts[1]}",
-            "give more calibration text, or a shorter --seqlen",
-        )

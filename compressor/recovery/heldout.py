@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from compressor.errors import InputRefused
 from compressor.recovery.block_io import BlockIO
 from compressor.recovery.precision import autocast
 from compressor.streams import Activations, in_order, prefetched
+
+
+def step_0(block: nn.Module, io: BlockIO, batch_size: int) -> tuple[float, float]:
+    """Held-out loss of the block as it is, and the mean square of the held-out targets.
+
+    Raises:
+        InputRefused: E-CALIBRATION-SHORT: no windows to train on or to select by; E-LOSS-NONFINITE: one of the
+            two is NaN or infinite.
+    """
+    counts = len(io.inputs), len(io.heldout_inputs)
+    if 0 in counts:
+        raise InputRefused(
+            "E-CALIBRATION-SHORT",
+            f"repair needs windows to train on and to select by; got {counts[0]} and {counts[1]}",
+            "give more calibration text, or a shorter --seqlen",
+        )
+    loss, power = heldout_loss(block, io, batch_size), mean_square(io.heldout_targets)
+    if not math.isfinite(loss) or not math.isfinite(power):
+        raise InputRefused(
+            "E-LOSS-NONFINITE",
+            f"the output of {io.name} is NaN or infinite before its repair has begun",
+            "compute in float32 with --device cpu, or check the calibration text and the model's weights",
+        )
+    return loss, power
 
 
 def heldout_loss(block: nn.Module, io: BlockIO, batch_size: int) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -41,12 +42,14 @@ class LearningRateProbe:
     """Chooses the learning rate: by trials on the first ``probe.blocks`` blocks, then it stays.
 
     Args:
-        recipe: Of the recovery; a number in ``recipe.lr`` is taken as it is, without trials.
+        recipe: Of the recovery; a number in ``recipe.lr`` is taken as it is, without trials. A method that
+            trains nothing gets 0.
     """
 
     def __init__(self, recipe: RecoveryRecipe) -> None:
         self._recipe = recipe
-        self._candidates = sorted(recipe.probe.candidates) if recipe.lr == "auto" else [recipe.lr]
+        rate = rate_of(recipe)
+        self._candidates = sorted(recipe.probe.candidates) if rate == "auto" else [rate]
         self._best = len(self._candidates) // 2
         # Candidate's place -> sum over blocks of log(loss after / before).
         self._scores: dict[int, float] = {}
@@ -110,6 +113,11 @@ class LearningRateProbe:
         finally:
             origin.restore()
         return DIVERGED if result.diverged else log_ratio(result.loss_after, result.loss_before)
+
+
+def rate_of(recipe: RecoveryRecipe) -> float | Literal["auto"]:
+    """The learning rate of the recipe's method; ``auto`` where trials choose it, 0 where nothing is trained."""
+    return 0.0 if recipe.method == "dsnot" else recipe.lr
 
 
 def climb(start: int, candidates: Sequence[int], score: Callable[[int], float]) -> int:
