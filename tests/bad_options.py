@@ -58,7 +58,7 @@ def _settings() -> Iterator[BadInput]:
         "setting of a tag", "E-SET-SYNTAX", "recovery.lr", "--set", "recovery.lr=!!python/name:os.system"
     )
     yield option("setting of no date", "E-SET-SYNTAX", "recovery.lr", "--set", "recovery.lr=2026-13-45")
-    yield option("setting below a value", "E-RECIPE-VALUE", "seed", "--set", "seed.x=1")
+    yield option("setting below a value", "E-RECIPE-KEY", "--set: unknown key seed.x", "--set", "seed.x=1")
     yield option("recipe that nobody has", "E-RECIPE-NOT-FOUND", "did you mean", "--recipe", "ebft-papr")
     yield option("recipe of a long name", "E-RECIPE-NOT-FOUND", "aaa", "--recipe", 300 * "a")
     yield recipe(
