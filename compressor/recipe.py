@@ -97,6 +97,7 @@ class _RecoveryMethod(_Section):
         "model"  # the dense block on the same inputs, or the dense model's own activations
     )
     loss: Literal["mse", "normalized"] = "mse"
+    first_token: Literal["keep", "exclude", "per_token"] = "keep"  # against massive activations
 
 
 class RecoveryRecipe(TrainingRecipe, _RecoveryMethod):

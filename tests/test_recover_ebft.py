@@ -13,9 +13,10 @@ from torch import Tensor
 from compressor.errors import InputRefused, ReportedError
 from compressor.recipe import RecoveryRecipe
 from compressor.recovery.block_io import BlockIO, Repaired
-from compressor.recovery.ebft import loss_scale, repair
+from compressor.recovery.ebft import repair
 from compressor.recovery.frozen_masks import FrozenMasks
 from compressor.recovery.precision import Stepper, deterministic
+from compressor.recovery.reconstruction import ReconstructionLoss
 from compressor.recovery.schedule import learning_rate_factor
 from compressor.streams import shuffled
 
@@ -231,8 +232,9 @@ def test_normalized_loss_divides_by_the_targets_mean_square() -> None:
     """The normalised loss is the plain one in units of mean(target^2) of the training windows."""
     given = sample()
     power = float(given.io.targets.states.double().square().mean())
-    assert loss_scale(recipe(loss="normalized"), given.io) == pytest.approx(1 / power, rel=1e-6)
-    assert loss_scale(recipe(loss="mse"), given.io) == 1.0
+    found = ReconstructionLoss.of(recipe(loss="normalized"), given.io.targets)
+    assert found.scale == pytest.approx(1 / power, rel=1e-6)
+    assert ReconstructionLoss.of(recipe(loss="mse"), given.io.targets).scale == 1.0
 
 
 def test_gradients_are_clipped_in_true_units_under_a_loss_scale() -> None:

@@ -48,10 +48,12 @@ class BlockIO:
 class Repaired:
     """How a repair went. Losses are mean squared errors of the block's output: windows, tokens, channels.
 
+    Which tokens count, and how much, is the recipe's ``first_token`` (reconstruction.py).
+
     Attributes:
         loss_before: Held-out loss of the masked block as it came (step 0).
         loss_after: Held-out loss of the weights that were kept.
-        target_power: Mean square of the held-out targets; loss / target_power is the relative loss.
+        target_power: The held-out loss of an output of 0; loss / target_power is the relative loss.
         train_loss_first: Training loss averaged over the first epoch; ``None`` if it diverged there.
         train_loss_last: The same over the last finite epoch.
         best_step: The step whose weights were kept; 0 means that no step was better than none.

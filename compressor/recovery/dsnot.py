@@ -36,7 +36,7 @@ from compressor.linears import IgnoreRules, PrunableMatrix, observe_inputs
 from compressor.recipe import DsnotRecipe, RecoveryRecipe
 from compressor.recovery.block_io import BlockIO, Repaired
 from compressor.recovery.frozen_masks import FrozenMasks
-from compressor.recovery.heldout import heldout_loss, step_0
+from compressor.recovery.reconstruction import step_0
 from compressor.sparsity import Mask, SparsityPattern
 from compressor.statistics import BlockStatistics, Statistic
 from compressor.streams import in_order, prefetched
@@ -71,7 +71,7 @@ def repair(
     assert io.load_dense is not None
     started = time.perf_counter()
     FrozenMasks(block, masks).zero_weights()
-    before, power = step_0(block, io, recipe.batch_size)
+    loss, before, power = step_0(block, io, recipe)
     skipped = IgnoreRules(recipe.dsnot.skip)
     matrices = [m for m in io.matrices if not skipped.ignores(f"{io.name}.{m.name}")]
     dense = io.load_dense()
@@ -85,7 +85,7 @@ def repair(
         _move(block, dense, matrix, moved, columns, len(io.inputs), recipe.dsnot, io.pattern)
         if progress is not None:
             progress(done, len(matrices))
-    after = heldout_loss(block, io, recipe.batch_size)
+    after = loss.heldout(block, io, recipe.batch_size)
     kept = after < before or recipe.selection == "last"
     if not kept:
         moved, after = dict(masks), before

@@ -14,19 +14,18 @@ chosen by trial (lr_probe).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compressor.recipe import RecoveryRecipe
 from compressor.recovery.block_io import BlockIO, Repaired
 from compressor.recovery.frozen_masks import FrozenMasks
-from compressor.recovery.heldout import BestWeights, heldout_loss, mean_square, step_0
-from compressor.recovery.precision import autocast, deterministic
-from compressor.recovery.training import Batches, Task, train, trainable
+from compressor.recovery.heldout import BestWeights
+from compressor.recovery.precision import deterministic
+from compressor.recovery.reconstruction import reconstruction_task, step_0
+from compressor.recovery.training import train, trainable
 from compressor.sparsity import Mask
-from compressor.streams import prefetched
 
 # Modules that choose experts are left alone: their choice is discrete, so a block's loss gives them no way.
 ROUTERS = {"gate", "router"}
@@ -60,13 +59,12 @@ def repair(
     started = time.perf_counter()
     frozen = FrozenMasks(block, masks)
     frozen.zero_weights()
-    before, power = step_0(block, io, recipe.batch_size)
+    loss, before, power = step_0(block, io, recipe)
     weights = trained_weights(block)
     best = BestWeights(weights, before)
     with trainable(weights), deterministic(io.device):
-        course = train(
-            _task(block, weights, frozen, io, recipe), recipe, best, lr=lr, seed=seed, progress=progress
-        )
+        task = reconstruction_task(block, weights, io, recipe, loss, frozen.zero_gradients)
+        course = train(task, recipe, best, lr=lr, seed=seed, progress=progress)
     keep_best = recipe.selection == "heldout" or course.diverged
     if keep_best:
         best.restore()
@@ -92,38 +90,3 @@ def trained_weights(block: nn.Module) -> list[nn.Parameter]:
         for name, weight in block.named_parameters()
         if weight.is_floating_point() and not set(name.split(".")[:-1]) & ROUTERS
     ]
-
-
-def reconstruction_loss(output: Tensor, target: Tensor, scale: float = 1.0) -> Tensor:
-    """scale * mean((output - target)^2) over B * T * D, in float32."""
-    return scale * torch.nn.functional.mse_loss(output.float(), target)
-
-
-def _task(
-    block: nn.Module, weights: list[nn.Parameter], frozen: FrozenMasks, io: BlockIO, recipe: RecoveryRecipe
-) -> Task:
-    """The block's repair, as the training loop sees it."""
-    scale = loss_scale(recipe, io)
-
-    def losses(batches: Batches) -> Iterator[Tensor]:
-        for hidden, target in prefetched([io.inputs, io.targets], batches):
-            with autocast(io):
-                output = io.forward(block, hidden)
-            yield reconstruction_loss(output, target, scale)
-
-    return Task(
-        weights=weights,
-        windows=len(io.inputs),
-        losses=losses,
-        heldout=lambda: heldout_loss(block, io, recipe.batch_size),
-        zero_gradients=frozen.zero_gradients,
-        device=io.device,
-        amp_dtype=io.amp_dtype,
-        scale=scale,
-    )
-
-
-def loss_scale(recipe: RecoveryRecipe, io: BlockIO) -> float:
-    """1, or 1 / mean(target^2) over the training windows for the normalised loss (arXiv 2310.06927)."""
-    power = mean_square(io.targets) if recipe.loss == "normalized" else 1.0
-    return 1.0 / power if power > 0 else 1.0
