@@ -12,6 +12,7 @@ from torch import nn
 from compressor.devices import mixed_precision
 from compressor.errors import StoppedSafely
 from compressor.finetuning import Finetuned, SparseModel, Stage, Step, Windows, stages_of, with_masks
+from compressor.finetuning.memory import room_for
 from compressor.linears import PrunableMatrix
 from compressor.models.source import BlockSource
 from compressor.models.writer import CheckpointWriter
@@ -19,6 +20,35 @@ from compressor.perplexities import PerplexityStreams
 from compressor.progress import FinetuningFinished, FinetuningProgress, Progress, StageStarted
 from compressor.recipe import Recipe
 from compressor.sparsity import Mask
+from validators.validate import available_memory_bytes
+
+
+def finish_for(
+    source: BlockSource, recipe: Recipe, *, windows: int, seqlen: int, device: torch.device
+) -> tuple[str, str | None]:
+    """The finish that a recipe stands for, ``auto`` decided by memory; and why, in one line.
+
+    Args:
+        source: The dense blocks.
+        recipe: What is asked for.
+        windows: Calibration and held-out windows together.
+        seqlen: Tokens of each.
+        device: Where it would happen.
+    """
+    if recipe.finish.method != "auto":
+        return recipe.finish.method, None
+    room = room_for(
+        [source.block_structure(index) for index in range(source.num_blocks)],
+        tokens=recipe.finish.batch_size * seqlen,
+        hidden_size=source.hidden_size,
+        vocab_size=source.vocab_size,
+        stored_tokens=windows * seqlen,
+        device=device,
+        free_host_bytes=available_memory_bytes(),
+    )
+    if room.fits:
+        return "kl", f"finish kl taken: the whole model {room} on {device}"
+    return "none", f"finish left out: the whole model {room} on {device}; a smaller batch needs less"
 
 
 @dataclass(frozen=True)

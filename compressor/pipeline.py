@@ -16,6 +16,7 @@ from compressor.calibration.text import TextSource, read_text
 from compressor.calibration.windows import Windows, calibration_windows
 from compressor.delivery import CompressionResult, Delivery, Measured
 from compressor.devices import dtype_name
+from compressor.end_to_end import finish_for
 from compressor.evaluation import Evaluation, evaluation_of, window_length
 from compressor.linears import IgnoreRules
 from compressor.models.source import BlockSource
@@ -161,6 +162,9 @@ def _plan(
         vocab_rows=source.vocab_size,
     )
     evaluation = evaluation_of(recipe.evaluation, tokenizer, seqlen, source.vocab_size)
+    counted = len(windows.ids) + len(windows.heldout)
+    finish, why = finish_for(source, recipe, windows=counted, seqlen=seqlen, device=opened.device)
+    notices.extend([why] if why else [])
     progress(
         RunStarted(
             model=opened.checkpoint.name,
@@ -173,23 +177,25 @@ def _plan(
             pattern=str(pattern),
             pruner=recipe.pruning.method,
             recovery=recipe.recovery.method,
+            finish=finish,
         )
     )
     for message in notices:
         progress(Notice(message))
     progress(TextReady("calibration", text.spec, len(windows.ids), seqlen, len(windows.heldout)))
     progress(TextReady("evaluation", evaluation.text.spec, len(evaluation.ids), seqlen))
-    used = _as_used(recipe, pattern, seqlen)
+    used = _as_used(recipe, pattern, seqlen, finish)
     return _Job(source, used, pattern, ignore, text, windows, evaluation, opened.device, tuple(notices))
 
 
-def _as_used(recipe: Recipe, pattern: SparsityPattern, seqlen: int) -> Recipe:
+def _as_used(recipe: Recipe, pattern: SparsityPattern, seqlen: int, finish: str) -> Recipe:
     """The recipe with what it left open filled in, as the report states it."""
     pruning = recipe.pruning
     if not pattern.is_n_m:
         pruning = pruning.model_copy(update={"sparsity": pattern.sparsity})
     calibration = recipe.calibration.model_copy(update={"seqlen": seqlen})
-    return recipe.model_copy(update={"pruning": pruning, "calibration": calibration})
+    finishing = recipe.finish.model_copy(update={"method": finish})
+    return recipe.model_copy(update={"pruning": pruning, "calibration": calibration, "finish": finishing})
 
 
 def _run_blocks(

@@ -20,6 +20,7 @@ class RunStarted:
     pattern: str
     pruner: str
     recovery: str
+    finish: str = "none"
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,8 @@ class RecoveryRecipe(TrainingRecipe, _RecoveryMethod):
 class _FinishMethod(_Section):
     """The first keys of ``FinishRecipe``."""
 
-    method: Literal["none", "kl"] = "none"
+    # auto: kl where weights, gradients, Adam's moments and activations of the whole model fit in memory
+    method: Literal["none", "kl", "auto"] = "none"
     temperature: Positive = 1.0
 
 

@@ -5,8 +5,23 @@ from __future__ import annotations
 import time
 from typing import IO, Protocol
 
-from compressor.cli.wording import Remaining, block_line, blocks_done, describe, labelled, losses_of
-from compressor.progress import BlockFinished, BlockProgress, Event, Notice, StageStarted
+from compressor.cli.wording import (
+    Remaining,
+    block_line,
+    blocks_done,
+    describe,
+    labelled,
+    losses_of,
+    step_line,
+)
+from compressor.progress import (
+    BlockFinished,
+    BlockProgress,
+    Event,
+    FinetuningProgress,
+    Notice,
+    StageStarted,
+)
 from compressor.report.units import duration
 
 
@@ -93,6 +108,14 @@ class LiveDisplay:
         """Move the live line; print what is settled above it."""
         if isinstance(event, (BlockProgress, BlockFinished)):
             self._show_block(event)
+        elif isinstance(event, FinetuningProgress):
+            self._progress.update(
+                self._task,
+                description=event.stage,
+                total=event.steps,
+                completed=event.step,
+                detail=step_line(event),
+            )
         elif isinstance(event, StageStarted):
             self._settle_blocks()
             self._progress.remove_task(self._task)  # a new one, as a bar cannot be taken from a task again

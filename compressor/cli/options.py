@@ -84,6 +84,12 @@ RECOVERY = Section(
             "--lr", "recovery.lr", learning_rate, "Learning rate; auto tries a few on first blocks.", "RATE"
         ),
         Setting("--batch-size", "recovery.batch_size", int, "Windows per optimiser step."),
+        Setting(
+            "--finish",
+            "finish.method",
+            click.Choice(["none", "kl", "auto"]),
+            "Tune all blocks together towards the dense model's logits afterwards; auto: if memory allows.",
+        ),
     ),
 )
 CALIBRATION = Section(

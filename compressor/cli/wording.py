@@ -7,6 +7,8 @@ from compressor.progress import (
     BlockFinished,
     BlockProgress,
     Event,
+    FinetuningFinished,
+    FinetuningProgress,
     LearningRateChosen,
     Notice,
     RunStarted,
@@ -39,6 +41,8 @@ def describe(event: Event) -> list[str]:
         return [labelled("learning rate", f"{number(event.lr, 3)}, best of {tried} on held-out windows")]
     if isinstance(event, BlockFinished):
         return [labelled("block", block_line(event))]
+    if isinstance(event, FinetuningFinished):
+        return [labelled(event.stage, finetuning_line(event))]
     if isinstance(event, StageStarted):
         return [labelled(event.name, event.detail)]
     if isinstance(event, Notice):
@@ -59,7 +63,11 @@ def _run_started(event: RunStarted) -> list[str]:
     )
     return [
         labelled(event.model, f"  {' · '.join(facts)}"),
-        labelled("plan", f"prune {_share(event.pattern)} by {event.pruner} · recovery {event.recovery}"),
+        labelled(
+            "plan",
+            f"prune {_share(event.pattern)} by {event.pruner} · recovery {event.recovery}"
+            + (f" · finish {event.finish}" if event.finish != "none" else ""),
+        ),
     ]
 
 
@@ -83,6 +91,23 @@ def losses_of(event: BlockFinished) -> str:
         return ""
     best = f"(best at step {event.best_step} of {event.steps})"
     return f"loss {number(event.loss_before)} → {number(event.loss_after)} {best}"
+
+
+def finetuning_line(event: FinetuningFinished) -> str:
+    """``kl 1.303 → 0.989 (best at step 56 of 70), 554 K weights, learning rate 0.003, best of …  12.3 s``."""
+    best = f"(best at step {event.best_step} of {event.steps})"
+    tried = f", best of {', '.join(number(lr, 3) for lr in event.tried)}" if event.tried else ""
+    return (
+        f"{event.loss} {number(event.loss_before)} → {number(event.loss_after)} {best}, "
+        f"{count(event.trained_parameters)} weights, learning rate {number(event.lr, 3)}{tried}  "
+        f"{duration(event.elapsed_s)}"
+    )
+
+
+def step_line(event: FinetuningProgress) -> str:
+    """``step 12 of 70``, or which learning rate is being tried."""
+    step = f"step {event.step} of {event.steps}"
+    return f"trying learning rate {number(event.lr, 3)}, {step}" if event.trial else step
 
 
 class Remaining:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # Logits of this many elements are held at once, and computed again for the backward pass where there are more.
-_LOGITS = 2**25
+LOGITS = 2**25
 # Added to the mean square that a layer is divided by (SparseFinetuning: the epsilon of bfloat16).
 _SQUAREHEAD_EPS = torch.finfo(torch.bfloat16).eps
 
@@ -105,7 +105,7 @@ def token_loss(
         vocab_size: V.
     """
     windows, seqlen = ids.shape
-    pieces = list(_pieces(windows, seqlen, max(1, _LOGITS // vocab_size)))
+    pieces = list(_pieces(windows, seqlen, max(1, LOGITS // vocab_size)))
 
     def of_piece(rows: slice, tokens: slice) -> Tensor:
         logits = head(sparse[rows, tokens])

@@ -101,3 +101,10 @@ def hidden_states(
             hidden = model.forward(index, block, hidden)
         states.append(hidden)
     return states
+
+
+def kept_bytes_per_token(blocks: Sequence[nn.Module]) -> int:
+    """About what a step keeps of each token without recomputation: inputs and outputs of every matrix, float32."""
+    return 4 * sum(
+        sum(weight.shape[-2:]) for block in blocks for weight in block.parameters() if weight.ndim >= 2
+    )

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressor.errors import InputRefused
 from compressor.finetuning.losses import Objective, squarehead, token_loss
 from compressor.finetuning.parametrisation import Parametrisation
-from compressor.finetuning.sparse_model import KEPT_ACTIVATIONS_BYTES, SparseModel, Windows, hidden_states
+from compressor.finetuning.sparse_model import (
+    KEPT_ACTIVATIONS_BYTES,
+    SparseModel,
+    Windows,
+    hidden_states,
+    kept_bytes_per_token,
+)
 from compressor.recipe import LearningRateTrials, TrainingRecipe
 from compressor.recovery.frozen_masks import FrozenMasks
 from compressor.recovery.heldout import BestWeights
@@ -257,13 +263,6 @@ def _recomputes(model: SparseModel, batch_size: int) -> bool:
         return True
     tokens = min(batch_size, len(model.training)) * model.training.ids.shape[1]
     return tokens * kept_bytes_per_token(model.blocks) > KEPT_ACTIVATIONS_BYTES
-
-
-def kept_bytes_per_token(blocks: Sequence[nn.Module]) -> int:
-    """About what a step keeps of each token without recomputation: inputs and outputs of every matrix, float32."""
-    return 4 * sum(
-        sum(weight.shape[-2:]) for block in blocks for weight in block.parameters() if weight.ndim >= 2
-    )
 
 
 def _check(model: SparseModel, method: str, loss: float) -> None:
