@@ -192,6 +192,7 @@ def _models() -> Iterator[BadInput]:
     yield named("folder of nobody", "E-MODEL-NOT-FOUND", "~nobody", "~nobody-here/model")
     yield named("empty name", "E-MODEL-NOT-FOUND", "hub id", "")
     yield named("no hub id", "E-MODEL-NOT-FOUND", "neither a folder nor a hub id", "a--b/c..d")
+    yield named("plain word offline", "E-HUB-OFFLINE", "there is no folder nosuch here", "nosuch")
     yield named("hub id offline", "E-HUB-OFFLINE", "HF_HUB_OFFLINE", "somebody/no-such-model")
     yield bad("pickle only", "E-MODEL-PICKLE", "save_pretrained", pickle_only)
     yield bad("adapter", "E-MODEL-ADAPTER", "merge_and_unload", write("model/adapter_config.json", "{}"))

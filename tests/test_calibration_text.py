@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from compressor.calibration import datasets_library
 from compressor.calibration.text import read_text
 from exporters.errors import ReportedError
 
@@ -176,69 +175,3 @@ def test_dataset_scripts_are_not_run(dataset_folder: Path) -> None:
 def test_dataset_folder_without_data_is_refused(tmp_path: Path) -> None:
     """A folder that holds no data files is no dataset."""
     assert refusal(tmp_path).error_id == "E-TEXT-NOT-FOUND"
-
-
-class Rows:
-    """A split as the library hands it out."""
-
-    column_names = ("text",)
-
-    def __init__(self, *texts: str) -> None:
-        self._texts = texts
-
-    def __iter__(self) -> Any:
-        return iter({"text": text} for text in self._texts)
-
-
-def test_dataset_of_lines_is_one_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """WikiText's rows are lines of one text and are joined as the published perplexities join them."""
-    import datasets
-
-    asked: list[Any] = []
-
-    def load(*args: Any, **options: Any) -> Any:
-        asked.append((args, options))
-        return Rows("one", "", "two")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    text = read_text(
-        "Salesforce/wikitext", role="evaluation", dataset_config="wikitext-2-raw-v1", split="test"
-    )
-    assert (text.kind, text.documents) == ("text", ("one\n\n\n\ntwo",))
-    assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test"})]
-
-
-def test_dataset_that_is_large_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a dataset too large to fetch, the first rows are streamed, and the description says so."""
-    import datasets
-
-    monkeypatch.setattr(datasets_library, "_is_large", lambda _: True)
-    monkeypatch.setattr(datasets_library, "_STREAMED_DOCUMENTS", 2)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, streaming: {"train": Rows("a", "b", "c")})
-    text = read_text("somebody/huge", role="calibration")
-    assert text.documents == ("a", "b")
-    assert "first 2 rows" in text.description
-
-
-@pytest.mark.parametrize(
-    ("error", "error_id"),
-    [
-        (RuntimeError("Dataset scripts are no longer supported, but found c4.py"), "E-DATASET-SCRIPT"),
-        (ValueError("Config name is missing. Please pick one among: ['a', 'b']"), "E-DATASET-CONFIG"),
-        (ConnectionError("Couldn't reach the Hub"), "E-HUB-UNREACHABLE"),
-    ],
-)
-def test_dataset_errors_become_errors(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, error_id: str
-) -> None:
-    """What the library raises is told as one line in this project's terms."""
-    import datasets
-    from huggingface_hub import constants
-
-    def load(*_: Any, **__: Any) -> Any:
-        raise error
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets_library, "_is_large", lambda _: False)
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert refusal("somebody/corpus").error_id == error_id

@@ -6,14 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import change_json, make_tokenizer, write_checkpoint
 
 from compressor.errors import HubError, InputRefused, ReportedError
-from compressor.models import hub
 from compressor.models.checkpoint import open_checkpoint
 from compressor.models.weight_files import read_header
 
@@ -331,50 +329,6 @@ def test_hub_says_that_it_is_offline() -> None:
 def test_hub_refuses_what_cannot_be_an_id() -> None:
     """A name that no hub model can have is neither folder nor model."""
     assert refusal("not a model!").error_id == "E-MODEL-NOT-FOUND"
-
-
-@pytest.mark.parametrize(
-    ("name", "error_id"),
-    [
-        ("GatedRepoError", "E-HUB-ACCESS"),
-        ("RepositoryNotFoundError", "E-HUB-NOT-FOUND"),
-        ("RevisionNotFoundError", "E-HUB-REVISION"),
-        ("HfHubHTTPError", "E-HUB-UNREACHABLE"),
-    ],
-)
-def test_hub_answers_become_errors(monkeypatch: pytest.MonkeyPatch, name: str, error_id: str) -> None:
-    """What the hub answers is told as one line each, exit code 7."""
-    kind = getattr(huggingface_hub.errors, name)
-
-    def answer(*_: Any, **__: Any) -> str:
-        # Made without its constructor, which wants the response of a web client that changes with the version.
-        error: Exception = kind.__new__(kind, "token abc")
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
-    error = refusal("somebody/model", revision="v2")
-    assert (error.error_id, error.exit_code) == (error_id, 7)
-    assert "abc" not in error.message
-
-
-def test_hub_records_the_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The revision of a hub model is the commit whose snapshot was taken."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    snapshot = write_checkpoint(tmp_path / commit)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
-    checkpoint = open_checkpoint("somebody/tiny", revision="main")
-    assert (checkpoint.name, checkpoint.revision) == ("somebody/tiny", commit)
-
-
-def test_hub_refuses_a_repository_of_pickles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Pickles are not fetched; that there is nothing else is told."""
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
-    monkeypatch.setattr(
-        "huggingface_hub.list_repo_files", lambda *_, **__: ["config.json", "pytorch_model.bin"]
-    )
-    with pytest.raises(InputRefused) as refused:
-        hub.fetch("somebody/old", None)
-    assert refused.value.error_id == "E-MODEL-PICKLE"
 
 
 def test_checkpoint_refuses_a_file_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

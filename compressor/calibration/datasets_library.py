@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compressor.errors import HubError, InputRefused, ReportedError, UsageError
+from compressor.fetching import came_from_network, hub_answer, shared_refusal
 
 __all__ = ["DatasetRequest", "DatasetText", "read_dataset"]
 
@@ -53,7 +54,9 @@ def read_dataset(request: DatasetRequest) -> DatasetText:
     Raises:
         InputRefused: E-DATASET-SCRIPT, E-TEXT-NOT-FOUND, E-TEXT-NO-COLUMN.
         UsageError: E-DATASET-CONFIG, E-DATASET-SPLIT.
-        HubError: E-DATASET-NOT-FOUND, E-HUB-OFFLINE, E-HUB-UNREACHABLE.
+        HubError: E-DATASET-NOT-FOUND, E-HUB-ACCESS, E-HUB-OFFLINE, E-HUB-UNREACHABLE.
+        OutOfResources: E-DISK-FULL.
+        OutputRefused: E-CACHE-NOT-WRITABLE.
     """
     import datasets
 
@@ -89,16 +92,12 @@ def _as_text(request: DatasetRequest, documents: list[str], description: str) ->
 def _rows(datasets: Any, request: DatasetRequest) -> tuple[str, Any]:
     """The split's name and its rows."""
     folder = Path(os.path.expanduser(request.source))
-    if os.path.isdir(folder) and (
-        (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
-    ):
+    source, large = str(folder), False
+    if not os.path.isdir(folder):
+        source, large = _on_hub(request.source)
+    elif (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _choose(request, datasets.load_from_disk(str(folder)))
-    source = str(folder) if os.path.isdir(folder) else request.source
-    if (
-        not os.path.isdir(folder)
-        and (request.split is None or "[" not in request.split)
-        and _is_large(request)
-    ):
+    if large and (request.split is None or "[" not in request.split):
         split, rows = _choose(request, datasets.load_dataset(source, request.config, streaming=True))
         return f"{split}, first {_STREAMED_DOCUMENTS} rows", _Beginning(rows)
     if request.split is not None:
@@ -142,26 +141,26 @@ def _check_column(request: DatasetRequest, rows: Any) -> None:
         )
 
 
-def _is_large(request: DatasetRequest) -> bool:
-    """Whether a dataset on the hub is too large to fetch whole; not where its size is unknown."""
+def _on_hub(source: str) -> tuple[str, bool]:
+    """The name by which the hub knows a dataset today, and whether it is too large to fetch whole.
+
+    Old names have no owner, such as ``wikitext``; the hub leads on to the new name, the library does not.
+    """
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
-        return False
+        return source, False
     try:
-        files = HfApi().dataset_info(request.source, files_metadata=True).siblings or []
+        found = HfApi().dataset_info(source, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception:  # whatever is wrong, fetching it will tell
-        return False
-    return sum(file.size or 0 for file in files) > _LARGE_BYTES
+        return source, False
+    return found.id, sum(file.size or 0 for file in found.siblings or ()) > _LARGE_BYTES
 
 
 def _refusal(request: DatasetRequest, error: Exception) -> ReportedError:
     """The library's error in this project's terms."""
-    from huggingface_hub import constants
-
     text = " ".join(str(error).split())
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if "script" in text.lower() and ("support" in text or "trust_remote_code" in text):
+    if re.search(r"scripts are no longer supported|trust_remote_code", text):
         return _script(request.source)
     if re.search(r"Config name is missing|BuilderConfig .* not found", text):
         return UsageError("E-DATASET-CONFIG", f"{request.source}: {text[:300]}", "give --dataset-config")
@@ -173,22 +172,63 @@ def _refusal(request: DatasetRequest, error: Exception) -> ReportedError:
             f"{request.source} is no dataset folder: {text[:200]}",
             "give a folder of .jsonl, .parquet or .txt files",
         )
+    return _hub_refusal(request.source, error, text)
+
+
+def _hub_refusal(source: str, error: Exception, text: str) -> ReportedError:
+    from huggingface_hub import constants
+
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    absent = f"there is no file or folder {source} here; as a dataset of the hub it"
     if constants.HF_HUB_OFFLINE or "OfflineModeIsEnabled" in kinds:
         return HubError(
             "E-HUB-OFFLINE",
-            f"{request.source} is no file here and not in the cache, and HF_HUB_OFFLINE is set",
+            f"{absent} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it",
             "unset HF_HUB_OFFLINE once to fetch it, or give a local file",
         )
-    if "DatasetNotFoundError" in kinds:
+    if "is a gated dataset" in text:
+        return HubError(
+            "E-HUB-ACCESS",
+            f"{source} is gated",
+            "ask for access on its page, then log in with `hf auth login`",
+        )
+    if {"DataFilesNotFoundError", "EmptyDatasetError"} & kinds:
+        return InputRefused(
+            "E-TEXT-NOT-FOUND",
+            f"{source} on the hub has no files that can be read as text",
+            "give a dataset of parquet, JSON lines or text files",
+        )
+    answer = hub_answer(error)
+    # Without a token the hub answers 401 for what is missing; the library knows that for https addresses only.
+    if "DatasetNotFoundError" in kinds or (answer is not None and answer.hides):
         return HubError(
             "E-DATASET-NOT-FOUND",
-            f"{request.source} is no file here, and the hub has no such dataset or hides it",
-            "check the spelling; for a private or gated dataset log in with `hf auth login`",
+            f"there is no file or folder {source} here, and the hub has no such dataset or hides it",
+            "check the spelling; for a private dataset log in with `hf auth login`",
         )
-    return HubError(
-        "E-HUB-UNREACHABLE",
-        f"{request.source} could not be fetched: {type(error).__name__}: {text[:160]}",
-        "check the network and try again, or give a local file",
+    return shared_refusal(error, source, absent) or _not_read(source, absent, error, text)
+
+
+def _not_read(source: str, absent: str, error: Exception, text: str) -> ReportedError:
+    """The refusal where the hub did not answer, or where its answer was no text."""
+    from huggingface_hub import constants
+
+    if isinstance(error, ConnectionError):
+        return HubError(
+            "E-HUB-UNREACHABLE",
+            f"{absent} is not in the cache, and the hub at {constants.ENDPOINT} cannot be reached",
+            "check the network, or give a local file",
+        )
+    if came_from_network(error):
+        return HubError(
+            "E-HUB-UNREACHABLE",
+            f"{absent} could not be fetched: {type(error).__name__}: {text[:160]}",
+            "check the network and try again, or give a local file",
+        )
+    return InputRefused(
+        "E-TEXT-NOT-FOUND",
+        f"{source} was fetched from the hub, but cannot be read: {type(error).__name__}: {text[:160]}",
+        "give another dataset, or a local file",
     )
 
 

@@ -115,10 +115,10 @@ def open_checkpoint(
         HubError: The hub does not have it, or cannot be reached.
     """
     folder, name, commit = _locate(model, revision, trust_remote_code)
-    _refuse_other_folders(folder)
+    _refuse_other_folders(folder, name)
     settings = read_settings(folder / "config.json")
     architecture = _architecture(folder, settings, trust_remote_code)
-    weights = find_weight_files(folder)
+    weights = find_weight_files(folder, name)
     _refuse_quantised_tensors(weights)
     _refuse_sizes_beyond(weights, settings)
     config = _load_config(folder, settings, architecture)
@@ -172,19 +172,18 @@ def _locate(model: str | Path, revision: str | None, code: bool) -> tuple[Path, 
     return folder, model, commit
 
 
-def _refuse_other_folders(folder: Path) -> None:
+def _refuse_other_folders(folder: Path, name: str) -> None:
     if (folder / "adapter_config.json").is_file():
         raise InputRefused(
             "E-MODEL-ADAPTER",
-            f"{folder.name} is an adapter, or has one beside it (adapter_config.json), and no whole model",
+            f"{name} is an adapter, or has one beside it (adapter_config.json), and no whole model",
             "merge it into its base model with PEFT's merge_and_unload and give the merged folder",
         )
     if not (folder / "config.json").is_file():
         kind = library_of(folder)
         raise InputRefused(
             "E-MODEL-NOT-FOUND",
-            f"{folder.name} has no config.json, so it is no model folder"
-            + (f" but a {kind} one" if kind else ""),
+            f"{name} has no config.json, so it is no model folder" + (f" but a {kind} one" if kind else ""),
             "give the folder that save_pretrained wrote, or a hub id",
         )
 

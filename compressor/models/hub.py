@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
-from compressor.errors import HubError, InputRefused, OutOfResources
-from compressor.models.weight_files import pickle_refused
+from compressor.errors import HubError, InputRefused, ReportedError
+from compressor.fetching import hub_answer, shared_refusal
+from compressor.models.weight_files import PICKLE_SUFFIXES, pickle_refused
 
 __all__ = ["fetch"]
 
@@ -27,84 +27,87 @@ def fetch(repository: str, revision: str | None, *, code: bool = False) -> tuple
     Raises:
         InputRefused: E-MODEL-NOT-FOUND: the text cannot be a hub id; E-MODEL-PICKLE: no safetensors there.
         HubError: E-HUB-NOT-FOUND, E-HUB-REVISION, E-HUB-ACCESS, E-HUB-OFFLINE, E-HUB-UNREACHABLE.
+        OutOfResources: E-DISK-FULL.
+        OutputRefused: E-CACHE-NOT-WRITABLE.
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
     patterns = [*_PATTERNS, *_USE_POLICY, *(("*.py",) if code else ())]
     try:
-        folder = snapshot_download(
-            repository, revision=revision, allow_patterns=patterns, ignore_patterns=list(_IGNORED)
+        path = Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=patterns, ignore_patterns=list(_IGNORED)
+            )
         )
-    except errors.HFValidationError:
-        raise InputRefused(
-            "E-MODEL-NOT-FOUND",
-            f"{repository} is neither a folder nor a hub id",
-            "give the folder of a model, or a hub id such as Qwen/Qwen3-0.6B",
-        ) from None
-    except errors.GatedRepoError:
-        raise HubError(
-            "E-HUB-ACCESS",
-            f"{repository} is gated",
-            "ask for access on its page, then log in with `hf auth login`",
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise HubError(
-            "E-HUB-NOT-FOUND",
-            f"{repository} is no folder here, and the hub has no such model or hides it",
-            "check the spelling; for a private model log in with `hf auth login`",
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise HubError(
-            "E-HUB-REVISION", f"{repository} has no revision {revision}", "check --revision"
-        ) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        raise _offline(repository) from None
     except Exception as error:  # the hub's libraries raise a dozen unrelated types for one broken transfer
-        raise _not_fetched(repository, error) from None
-    path = Path(folder)
+        raise _refusal(repository, revision, error) from None
     if not any(path.glob("*.safetensors")):
-        _refuse_pickles(repository, path.name)
+        _refuse_pickles(repository, path)
     return path, path.name if len(path.name) == 40 else None
 
 
-def _not_fetched(repository: str, error: Exception) -> HubError | OutOfResources:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return OutOfResources(
-            "E-DISK-FULL",
-            f"the disk is full; {repository} could not be fetched",
-            "free some space, or let HF_HOME point to another disk",
-        )
-    return HubError(
-        "E-HUB-UNREACHABLE",
-        f"{repository} could not be fetched: {type(error).__name__}",
-        "check the network and try again; what is already fetched is kept",
-    )
-
-
-def _refuse_pickles(repository: str, commit: str) -> None:
+def _refuse_pickles(repository: str, path: Path) -> None:
     """Say so where the hub has the weights as pickles only; they were not fetched."""
     from huggingface_hub import list_repo_files
 
+    if not (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+        return  # no whole model; that matters more than the form of its weights
     try:
-        names = list_repo_files(repository, revision=commit)
+        names = list_repo_files(repository, revision=path.name)
     except Exception:  # offline, so that the missing weights are all that can be told
         return
-    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    pickles = sorted(name for name in names if "/" not in name and name.endswith(PICKLE_SUFFIXES))
     if pickles:
         raise pickle_refused(repository, pickles[0])
 
 
-def _offline(repository: str) -> HubError:
-    from huggingface_hub import constants
+def _refusal(repository: str, revision: str | None, error: Exception) -> ReportedError:
+    """What the hub's libraries raise, in this project's terms."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HFValidationError):
+        return InputRefused(
+            "E-MODEL-NOT-FOUND",
+            f"{repository} is neither a folder nor a hub id",
+            "give the folder of a model, or a hub id such as Qwen/Qwen3-0.6B",
+        )
+    if isinstance(error, errors.GatedRepoError):
+        return HubError(
+            "E-HUB-ACCESS",
+            f"{repository} is gated",
+            "ask for access on its page, then log in with `hf auth login`",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return HubError("E-HUB-REVISION", f"{repository} has no revision {revision}", "check --revision")
+    answer = hub_answer(error)
+    # Without a token the hub answers 401 for what is missing; the library knows that for https addresses only.
+    if isinstance(error, errors.RepositoryNotFoundError) or (answer is not None and answer.hides):
+        return HubError(
+            "E-HUB-NOT-FOUND",
+            f"there is no folder {repository} here, and the hub has no such model or hides it",
+            "check the spelling; for a private model log in with `hf auth login`",
+        )
+    absent = f"there is no folder {repository} here; as a hub id it"
+    return shared_refusal(error, repository, absent) or _unreachable(absent, error)
+
+
+def _unreachable(absent: str, error: Exception) -> HubError:
+    from huggingface_hub import constants, errors
 
     if constants.HF_HUB_OFFLINE:
         return HubError(
             "E-HUB-OFFLINE",
-            f"{repository} is no folder here and not in the cache, and HF_HUB_OFFLINE forbids to fetch it",
+            f"{absent} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it",
             "unset HF_HUB_OFFLINE once to fetch it, or give a local folder",
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return HubError(
+            "E-HUB-UNREACHABLE",
+            f"{absent} is not in the cache, and the hub at {constants.ENDPOINT} cannot be reached",
+            "check the network, or give a local folder",
         )
     return HubError(
         "E-HUB-UNREACHABLE",
-        f"{repository} is no folder here and not in the cache, and the hub cannot be reached",
-        "check the network, or give a local folder",
+        f"{absent} could not be fetched: {type(error).__name__}",
+        "check the network and try again; what is already fetched is kept",
     )

@@ -16,7 +16,14 @@ from typing import Any
 from compressor.errors import InputRefused
 from compressor.models.config_file import read_json_object
 
-__all__ = ["StoredTensor", "WeightFiles", "find_weight_files", "pickle_refused", "read_header"]
+__all__ = [
+    "PICKLE_SUFFIXES",
+    "StoredTensor",
+    "WeightFiles",
+    "find_weight_files",
+    "pickle_refused",
+    "read_header",
+]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -27,7 +34,7 @@ _BITS = {
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64":
     64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,12 @@ class WeightFiles:
         return sum(path.stat().st_size for path in self.paths)
 
 
-def find_weight_files(folder: Path) -> WeightFiles:
+def find_weight_files(folder: Path, model: str) -> WeightFiles:
     """The weights that transformers would load from ``folder``, their headers checked.
+
+    Args:
+        folder: The model's folder.
+        model: What errors call it.
 
     Raises:
         InputRefused: E-MODEL-PICKLE: only pickles; E-MODEL-NOT-FOUND: no weights; E-WEIGHTS-INDEX: the index
@@ -73,7 +84,7 @@ def find_weight_files(folder: Path) -> WeightFiles:
     if (folder / SINGLE).is_file():
         return WeightFiles((folder / SINGLE,), read_header(folder / SINGLE))
     if not (folder / INDEX).is_file():
-        raise _no_weights(folder)
+        raise _no_weights(folder, model)
     weight_map = _read_weight_map(folder / INDEX)
     paths = tuple(folder / name for name in sorted(set(weight_map.values())))
     for path in paths:
@@ -217,13 +228,13 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _no_weights(folder: Path) -> InputRefused:
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+def _no_weights(folder: Path, model: str) -> InputRefused:
+    pickles = sorted(path.name for path in folder.iterdir() if path.name.endswith(PICKLE_SUFFIXES))
     if pickles:
-        return pickle_refused(folder.name, pickles[0])
+        return pickle_refused(model, pickles[0])
     return InputRefused(
         "E-MODEL-NOT-FOUND",
-        f"{folder.name} has neither {SINGLE} nor {INDEX}",
+        f"{model} has neither {SINGLE} nor {INDEX}",
         "give the folder that save_pretrained wrote, or a hub id",
     )
 
