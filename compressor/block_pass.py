@@ -15,16 +15,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compressor.devices import mixed_precision
+from compressor.dense_path import ComputedPath, DensePath
+from compressor.devices import mixed_precision, settle
 from compressor.end_to_end import EndToEnd
 from compressor.errors import StoppedSafely
-from compressor.finetuning import Finetuned, Windows
+from compressor.finetuning import Finetuned, Windows, stages_of
 from compressor.linears import IgnoreRules, PrunableMatrix, observe_inputs, prunable_matrices
 from compressor.models.source import BlockSource
-from compressor.models.writer import CheckpointWriter
-from compressor.perplexities import PerplexityStreams, Version
+from compressor.models.writer import BlockWriter
+from compressor.perplexities import EvaluationStreams, PerplexityStreams, Version
 from compressor.progress import BlockFinished, BlockProgress, LearningRateChosen, Notice, Progress
 from compressor.propagation import advance, embedded, visit
+from compressor.pruned_model import NoPrunedModel, PrunedModel
 from compressor.pruning import PRUNERS
 from compressor.pruning.pruner import Pruned, check_pattern
 from compressor.recipe import Recipe
@@ -38,12 +40,23 @@ from compressor.streams import Activations
 
 @dataclass(frozen=True)
 class BlockResult:
-    """One committed block: ``repaired`` is None without a repair, ``notes`` are the pruner's, one per matrix."""
+    """One committed block.
+
+    Attributes:
+        index: Which one.
+        repaired: How its repair went; None without one.
+        notes: The pruner's, one per matrix.
+        elapsed_s: Wall time of all.
+        pruning_s: Of statistics and masks; 0 for a block that was pruned before.
+        recovery_s: Of the repair, trials of learning rates included.
+    """
 
     index: int
     repaired: Repaired | None
     notes: tuple[str, ...]
     elapsed_s: float
+    pruning_s: float = 0.0
+    recovery_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,12 @@ def check_plan(source: BlockSource, pattern: SparsityPattern, ignore: IgnoreRule
     return count
 
 
+def versions_of(recipe: Recipe) -> tuple[Version, ...]:
+    """Whose perplexity a pass measures: a model that nothing repairs is the pruned one."""
+    repaired = RECOVERIES.get(recipe.recovery.method) is not None or stages_of(recipe)
+    return ("dense", "pruned", "recovered") if repaired else ("dense", "pruned")
+
+
 class BlockPass:
     """Prunes and repairs the blocks of a model in order and commits each one to a writer.
 
@@ -100,13 +119,15 @@ class BlockPass:
         source: The dense blocks.
         calibration: Training windows (N, T).
         heldout: Windows (H, T) that only select steps and the learning rate.
-        evaluation: Evaluation windows (E, T).
+        evaluation: Evaluation windows (E, T), or streams that the caller has set up.
         recipe: What to do.
         pattern: The sparsity to reach.
         ignore: Which matrices stay dense.
         device: Where blocks compute.
         stop: Asked between blocks; true ends the pass.
         progress: Receives events.
+        dense_path: Moves the dense model's hidden states; None runs every block.
+        pruned_model: Blocks that were pruned before, or a place for those that are; None prunes all and keeps none.
     """
 
     def __init__(
@@ -114,7 +135,7 @@ class BlockPass:
         source: BlockSource,
         calibration: Tensor,
         heldout: Tensor,
-        evaluation: Tensor,
+        evaluation: Tensor | EvaluationStreams,
         *,
         recipe: Recipe,
         pattern: SparsityPattern,
@@ -122,6 +143,8 @@ class BlockPass:
         device: torch.device,
         stop: Callable[[], bool],
         progress: Progress,
+        dense_path: DensePath | None = None,
+        pruned_model: PrunedModel | None = None,
     ) -> None:
         self._source = source
         self._recipe = recipe
@@ -136,12 +159,13 @@ class BlockPass:
         self._end_to_end = EndToEnd(source, recipe, device=device, stop=stop, progress=progress)
         self._pruner = PRUNERS[recipe.pruning.method]
         self._probe = LearningRateProbe(recipe.recovery)
-        versions: tuple[Version, ...] = (
-            ("dense", "pruned", "recovered")
-            if self._repair or self._end_to_end.stages
-            else ("dense", "pruned")
+        self._evaluation: EvaluationStreams = (
+            PerplexityStreams(source, evaluation, device, versions_of(recipe))
+            if isinstance(evaluation, Tensor)
+            else evaluation
         )
-        self._evaluation = PerplexityStreams(source, evaluation, device, versions)
+        self._dense_path = dense_path or ComputedPath(source)
+        self._pruned_model = pruned_model or NoPrunedModel()
         self._ids, self._heldout_ids = calibration, heldout
         sparse, sparse_heldout = embedded(source, calibration, device), embedded(source, heldout, device)
         dense = dense_heldout = None
@@ -151,7 +175,7 @@ class BlockPass:
             dense_heldout = Activations.filled(sparse_heldout.states, device=device)
         self._calibration = _Calibration(sparse, sparse_heldout, dense, dense_heldout)
 
-    def run(self, writer: CheckpointWriter) -> PassResult:
+    def run(self, writer: BlockWriter) -> PassResult:
         """Commit every block to ``writer``; the result of the pass.
 
         Raises:
@@ -173,16 +197,30 @@ class BlockPass:
         lr = (self._probe.lr or None) if self._repair else None  # 0: nothing was trained
         return PassResult(tuple(results), perplexities, lr, self._probe.tried, finetuned)
 
-    def _one_block(self, index: int, writer: CheckpointWriter) -> BlockResult:
+    def _one_block(self, index: int, writer: BlockWriter) -> BlockResult:
         started = time.perf_counter()
         block = self._source.load_block(index)
         matrices = prunable_matrices(block, f"{self._source.blocks_name}.{index}", self._ignore)
         self._evaluation.advance("dense", index, block)
-        statistics, io = self._capture(index, block, matrices)
-        masks, notes = self._prune(index, block, matrices, statistics)
+        self._advance_dense(index, block)
+        known = self._pruned_model.has(index)
+        begun = time.perf_counter()
+        statistics = None if known else self._new_statistics(block, matrices)
+        outputs = self._capture(index, block, matrices, statistics)
+        pruning_s = 0.0 if statistics is None else self._since(begun)
+        io = self._targets(index, block, matrices, outputs) if self._repair else None
+        begun = time.perf_counter()
+        if known:
+            masks, notes = self._pruned_model.apply(index, block)
+        else:
+            masks, notes = self._prune(index, block, matrices, statistics)
+            pruning_s += self._since(begun)
+            self._pruned_model.keep(index, block, masks, notes)
         del statistics
         self._evaluation.advance("pruned", index, block)
+        begun = time.perf_counter()
         repaired = self._repair_block(index, block, masks, io) if io is not None else None
+        recovery_s = self._since(begun)
         if repaired is not None and repaired.masks is not None:
             masks = {**masks, **repaired.masks}
         if self._end_to_end.stages:
@@ -195,17 +233,15 @@ class BlockPass:
             self._evaluation.advance("recovered", index, block)
         elapsed_s = time.perf_counter() - started
         self._tell_finished(index, repaired, elapsed_s)
-        return BlockResult(index, repaired, notes, elapsed_s)
+        return BlockResult(index, repaired, notes, elapsed_s, pruning_s, recovery_s)
 
     def _capture(
-        self, index: int, block: nn.Module, matrices: list[PrunableMatrix]
-    ) -> tuple[BlockStatistics | None, BlockIO | None]:
-        """Statistics of the dense block's linears on the sparse inputs, and what the repair will aim at."""
-        flow = self._calibration
-        statistics = self._new_statistics(block, matrices)
+        self, index: int, block: nn.Module, matrices: list[PrunableMatrix], statistics: BlockStatistics | None
+    ) -> Activations | None:
+        """Fills ``statistics`` of the linears on the sparse inputs; the dense outputs, where these are the targets."""
+        flow, outputs = self._calibration, None
         block_targets = self._repair is not None and not self._model_targets
         observed = observe_inputs(block, matrices, statistics.receive) if statistics else nullcontext()
-        outputs = heldout_outputs = None
         with observed:
             if block_targets:  # one run of the dense block gives statistics and targets
                 outputs = advance(self._source, index, block, flow.sparse, _like(flow.sparse))
@@ -213,19 +249,29 @@ class BlockPass:
                 visit(self._source, index, block, flow.sparse)
         if statistics is not None:
             statistics.finish()
-        for dense in (flow.dense, flow.dense_heldout):
-            if dense is not None:
-                advance(self._source, index, block, dense)
-        if self._repair is None:
-            return statistics, None
-        if block_targets:
+        return outputs
+
+    def _advance_dense(self, index: int, block: nn.Module) -> None:
+        """The dense model's hidden states, where they are needed, through the dense block."""
+        if self._calibration.dense is not None:
+            self._dense_path.advance("calibration", index, block, self._calibration.dense)
+        if self._calibration.dense_heldout is not None:
+            self._dense_path.advance("heldout", index, block, self._calibration.dense_heldout)
+
+    def _targets(
+        self, index: int, block: nn.Module, matrices: list[PrunableMatrix], outputs: Activations | None
+    ) -> BlockIO:
+        """What the repair starts from and aims at: ``outputs`` of the dense block, or the dense model's states."""
+        flow = self._calibration
+        heldout_outputs = flow.dense_heldout
+        if outputs is not None:
             heldout_outputs = advance(
                 self._source, index, block, flow.sparse_heldout, _like(flow.sparse_heldout)
             )
         else:
-            outputs, heldout_outputs = flow.dense, flow.dense_heldout
+            outputs = flow.dense
         assert outputs is not None and heldout_outputs is not None  # noqa: PT018  # one fact: targets exist
-        return statistics, BlockIO(
+        return BlockIO(
             inputs=flow.sparse,
             targets=outputs,
             heldout_inputs=flow.sparse_heldout,
@@ -238,6 +284,11 @@ class BlockPass:
             pattern=self._pattern,
             load_dense=lambda: self._source.load_block(index),
         )
+
+    def _since(self, begun: float) -> float:
+        """Seconds since ``begun``, with all that the device was given to do."""
+        settle(self._device)
+        return time.perf_counter() - begun
 
     def _new_statistics(self, block: nn.Module, matrices: list[PrunableMatrix]) -> BlockStatistics | None:
         kind = self._pruner.statistic
@@ -284,7 +335,7 @@ class BlockPass:
 
         return self._repair(block, masks, io, recovery, lr=chosen.lr, seed=seed, progress=told)
 
-    def _tune_together(self, writer: CheckpointWriter) -> tuple[Finetuned, ...]:
+    def _tune_together(self, writer: BlockWriter) -> tuple[Finetuned, ...]:
         """The end-to-end stages over all blocks, which are committed afterwards."""
         flow = self._calibration
         finetuned = self._end_to_end.tune(

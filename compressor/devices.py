@@ -68,3 +68,9 @@ def mixed_precision(device: torch.device) -> torch.dtype | None:
     if device.type != "cuda":
         return None
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def settle(device: torch.device) -> None:
+    """Wait until the device has done what it was given; clocks are read after that."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -15,8 +15,8 @@ from compressor.finetuning import Finetuned, SparseModel, Stage, Step, Windows, 
 from compressor.finetuning.memory import room_for
 from compressor.linears import PrunableMatrix
 from compressor.models.source import BlockSource
-from compressor.models.writer import CheckpointWriter
-from compressor.perplexities import PerplexityStreams
+from compressor.models.writer import BlockWriter
+from compressor.perplexities import EvaluationStreams
 from compressor.progress import FinetuningFinished, FinetuningProgress, Progress, StageStarted
 from compressor.recipe import Recipe
 from compressor.sparsity import Mask
@@ -115,7 +115,7 @@ class EndToEnd:
         ]
         return tuple(done)
 
-    def commit(self, writer: CheckpointWriter, evaluation: PerplexityStreams) -> None:
+    def commit(self, writer: BlockWriter, evaluation: EvaluationStreams) -> None:
         """Store every held block, and push the evaluation windows through it."""
         for index, held in enumerate(self._held):
             writer.commit(index, held.block, held.masks)  # rounds to the exported type

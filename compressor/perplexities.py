@@ -5,8 +5,8 @@ Evaluation windows are pushed through each version of a block while it exists, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,18 @@ from validators.perplexity import perplexity, sum_nll
 Version = Literal["dense", "pruned", "recovered"]
 
 
+class EvaluationStreams(Protocol):
+    """Evaluation windows on their way through versions of the model."""
+
+    def advance(self, version: Version, index: int, block: nn.Module) -> None:
+        """Push one version's windows through its version of block ``index``; nothing if it is not measured."""
+        ...
+
+    def perplexities(self) -> dict[str, float]:
+        """Perplexity by version; call it after the last block."""
+        ...
+
+
 class PerplexityStreams:
     """Evaluation windows on their way through up to three versions of the model.
 
@@ -26,19 +38,29 @@ class PerplexityStreams:
         source: Where embedding and head come from.
         ids: Evaluation windows (N, T).
         device: Where blocks compute.
-        versions: Which versions are measured; equal streams are stored once until they part.
+        versions: Which versions are measured.
+        known: Perplexity of those among them that were measured before on these windows.
     """
 
     def __init__(
-        self, source: BlockSource, ids: Tensor, device: torch.device, versions: Sequence[Version]
+        self,
+        source: BlockSource,
+        ids: Tensor,
+        device: torch.device,
+        versions: Sequence[Version],
+        known: Mapping[Version, float] | None = None,
     ) -> None:
         self._source = source
         self._ids = ids
-        first = embedded(source, ids, device)
-        self._streams = {
-            version: first if place == 0 else Activations.filled(first.states, device=device)
-            for place, version in enumerate(versions)
-        }
+        self._known: dict[Version, float] = dict(known or {})
+        measured = [version for version in versions if version not in self._known]
+        self._streams: dict[Version, Activations] = {}
+        if measured:
+            first = embedded(source, ids, device)
+            self._streams = {
+                version: first if place == 0 else Activations.filled(first.states, device=device)
+                for place, version in enumerate(measured)
+            }
 
     def advance(self, version: Version, index: int, block: nn.Module) -> None:
         """Push one version's windows through its version of block ``index``; nothing if it is not measured."""
@@ -46,8 +68,11 @@ class PerplexityStreams:
             advance(self._source, index, block, self._streams[version])
 
     def perplexities(self) -> dict[str, float]:
-        """Perplexity of each measured version; call it after the last block."""
-        return {version: self._perplexity(states) for version, states in self._streams.items()}
+        """Perplexity of each version; call it after the last block."""
+        found: dict[str, float] = {version: value for version, value in self._known.items()}
+        for version, states in self._streams.items():
+            found[version] = self._perplexity(states)
+        return found
 
     def _perplexity(self, states: Activations) -> float:
         total = torch.zeros((), dtype=torch.float64)

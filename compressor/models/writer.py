@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compressor.errors import ReportedError
-from compressor.models.loading import refuse_unusable
+from compressor.models.loading import plain_outline, refuse_unusable
 from compressor.models.source import BlockSource
+from compressor.models.structure import BlockStructure, ModelStructure, difference, with_structure
 from compressor.models.weight_files import INDEX
 from compressor.sparsity import Mask
 from exporters.masks import PackedMask, pack_mask, write_masks
 
-__all__ = ["CONFIG_NAME", "MASKS_NAME", "CheckpointWriter"]
+__all__ = ["CONFIG_NAME", "MASKS_NAME", "BlockWriter", "CheckpointWriter", "round_block", "stored_mask"]
 
 CONFIG_NAME = "config.json"
 MASKS_NAME = "masks.safetensors"
@@ -28,6 +30,14 @@ _GENERATION_NAME = "generation_config.json"
 _DROPPED_SETTINGS = frozenset(
     {"torch_dtype", "_name_or_path", "_commit_hash", "_from_model_config", "auto_map"}
 )
+
+
+class BlockWriter(Protocol):
+    """Takes finished blocks."""
+
+    def commit(self, index: int, block: nn.Module, masks: Mapping[str, Mask]) -> None:
+        """Take a finished block; its weights are rounded in place to the type they are stored in."""
+        ...
 
 
 class CheckpointWriter:
@@ -39,11 +49,22 @@ class CheckpointWriter:
         folder: The folder to write; it is made, and must be empty.
         source: Where the blocks came from, and everything else of the model.
         dtype: What the weights are stored in.
+        widths: Values of the config that the blocks have other widths for. What they do not explain goes into
+            the config's structure (``compressor.models.structure``), and stock transformers refuses the folder.
     """
 
-    def __init__(self, folder: Path, source: BlockSource, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        source: BlockSource,
+        dtype: torch.dtype,
+        *,
+        widths: Mapping[str, int] | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._source, self._dtype = folder, source, dtype
+        self._widths = dict(widths or {})
+        self._structures: dict[int, BlockStructure] = {}
         self._masks: dict[str, PackedMask] = {}
         self._shard_of: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
@@ -65,11 +86,10 @@ class CheckpointWriter:
             ReportedError: E-MASK-BROKEN: a pruned weight is not zero, which is a fault of this program.
         """
         prefix = f"{self._source.blocks_name}.{index}."
-        with torch.no_grad():
-            for name, parameter in block.named_parameters():
-                parameter.copy_(self._rounded(prefix + name, parameter))
+        round_block(block, prefix, self._dtype)
         for name, mask in masks.items():
-            self._masks[prefix + name] = _stored_mask(prefix + name, block.get_parameter(name), mask)
+            self._masks[prefix + name] = stored_mask(prefix + name, block.get_parameter(name), mask)
+        self._structures[index] = self._structure(index, block)
         tensors = {prefix + name: tensor for name, tensor in block.state_dict().items()}
         self._write_shard(index + 1, tensors)
 
@@ -93,29 +113,61 @@ class CheckpointWriter:
     def _write_shard(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         total = self._source.num_blocks + 1
         shard = f"model-{number:05d}-of-{total:05d}.safetensors"
-        rounded = {name: self._rounded(name, tensor).cpu() for name, tensor in tensors.items()}
+        rounded = {name: _rounded(name, tensor, self._dtype).cpu() for name, tensor in tensors.items()}
         stored = {name: t.contiguous() for name, t in self._source.stored_form(rounded).items()}
         save_file(stored, self._folder / shard, metadata={"format": "pt"})
         for name, tensor in stored.items():
             self._shard_of[name] = shard
             self._sizes[name] = tensor.numel() * tensor.element_size()
 
-    def _rounded(self, name: str, tensor: Tensor) -> Tensor:
-        """A floating-point tensor in the stored dtype; another as it is."""
-        if not tensor.is_floating_point():
-            return tensor
-        refuse_unusable([(name, tensor)], self._dtype)
-        return tensor.detach().to(self._dtype)
-
     def _settings(self) -> dict[str, Any]:
         checkpoint = self._source.checkpoint
         own_code = checkpoint.architecture.remote_code
         dropped = _DROPPED_SETTINGS - ({"auto_map"} if own_code else set())
         settings = {key: value for key, value in checkpoint.settings.items() if key not in dropped}
-        return {**settings, "dtype": str(self._dtype).removeprefix("torch.")}
+        settings = {**settings, "dtype": str(self._dtype).removeprefix("torch."), **self._widths}
+        blocks = tuple(self._structures[index] for index in sorted(self._structures))
+        if all(block.is_plain for block in blocks):
+            return settings
+        structure = ModelStructure(
+            model_type=settings["model_type"], blocks_name=self._source.blocks_name, blocks=blocks
+        )
+        return with_structure(settings, structure)
+
+    def _structure(self, index: int, block: nn.Module) -> BlockStructure:
+        """What of the block the config's plain values do not say."""
+        if self._source.checkpoint.structure is None and not self._widths:
+            came_as = self._source.block_structure(index)
+            if difference(block, came_as).is_plain:
+                return BlockStructure()
+        return difference(block, self._plain_blocks[index])
+
+    @functools.cached_property
+    def _plain_blocks(self) -> Sequence[nn.Module]:
+        model = plain_outline(self._source.checkpoint, self._widths)
+        return tuple(model.get_submodule(self._source.blocks_name))
 
 
-def _stored_mask(name: str, weight: Tensor, mask: Mask) -> PackedMask:
+def round_block(block: nn.Module, prefix: str, dtype: torch.dtype) -> None:
+    """Round the weights of a block to ``dtype`` in place, so that what flows on is what ships.
+
+    Raises:
+        InputRefused: E-WEIGHTS-NONFINITE, E-WEIGHTS-OVERFLOW: a weight cannot be stored.
+    """
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            parameter.copy_(_rounded(prefix + name, parameter, dtype))
+
+
+def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A floating-point tensor in the stored dtype; another as it is."""
+    if not tensor.is_floating_point():
+        return tensor
+    refuse_unusable([(name, tensor)], dtype)
+    return tensor.detach().to(dtype)
+
+
+def stored_mask(name: str, weight: Tensor, mask: Mask) -> PackedMask:
     """Where the weight is not zero, after it has been checked that every pruned place is.
 
     Raises:
