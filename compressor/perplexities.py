@@ -48,11 +48,11 @@ class PerplexityStreams:
         ids: Tensor,
         device: torch.device,
         versions: Sequence[Version],
-        known: Mapping[Version, float] | None = None,
+        known: Mapping[str, float] | None = None,
     ) -> None:
         self._source = source
         self._ids = ids
-        self._known: dict[Version, float] = dict(known or {})
+        self._known: dict[str, float] = dict(known or {})
         measured = [version for version in versions if version not in self._known]
         self._streams: dict[Version, Activations] = {}
         if measured:
@@ -69,7 +69,7 @@ class PerplexityStreams:
 
     def perplexities(self) -> dict[str, float]:
         """Perplexity of each version; call it after the last block."""
-        found: dict[str, float] = {version: value for version, value in self._known.items()}
+        found = dict(self._known)
         for version, states in self._streams.items():
             found[version] = self._perplexity(states)
         return found

@@ -40,6 +40,11 @@ class Windows:
     protocol: dict[str, Any]
     sha256: str
 
+    @property
+    def count(self) -> int:
+        """Windows of both kinds together."""
+        return len(self.ids) + len(self.heldout)
+
 
 def calibration_windows(
     text: TextSource,

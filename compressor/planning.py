@@ -1,0 +1,189 @@
+"""What a run does before its first block: every check that can be made by then, and the texts cut into windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compressor.block_pass import BlockPass, PassResult, check_plan
+from compressor.calibration.text import TextSource, read_text
+from compressor.calibration.windows import Windows, calibration_windows
+from compressor.devices import dtype_name
+from compressor.end_to_end import finish_for
+from compressor.evaluation import Evaluation, evaluation_of, window_length
+from compressor.linears import IgnoreRules
+from compressor.models.source import BlockSource
+from compressor.models.writer import CheckpointWriter
+from compressor.opening import OpenModel
+from compressor.progress import Notice, Progress, RunStarted, TextReady
+from compressor.recipe import PruningRecipe, Recipe
+from compressor.report.schema import CalibrationFacts
+from compressor.sparsity import SparsityPattern
+
+DEFAULT_SPARSITY = 0.5
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration text and the windows that were cut from it.
+
+    Attributes:
+        text: The text, with its hash.
+        windows: Windows to work on and held-out ones.
+        seqlen: Tokens of each.
+        notices: What the user should know.
+    """
+
+    text: TextSource
+    windows: Windows
+    seqlen: int
+    notices: tuple[str, ...]
+
+    def facts(self) -> CalibrationFacts:
+        """What a report says of it."""
+        text = self.text
+        return CalibrationFacts(
+            source=text.spec, sha256=text.sha256, protocol={"text": text.description, **self.windows.protocol}
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run whose model and texts are open and whose plan has been checked; ``recipe`` as it is used."""
+
+    source: BlockSource
+    recipe: Recipe
+    pattern: SparsityPattern
+    ignore: IgnoreRules
+    calibration: Calibration
+    evaluation: Evaluation
+    device: torch.device
+    notices: tuple[str, ...]
+
+
+def pattern_of(recipe: PruningRecipe) -> SparsityPattern:
+    """The sparsity that a recipe asks for; 50 % unstructured when it names none.
+
+    Raises:
+        UsageError: It is out of range.
+    """
+    if recipe.pattern is not None:
+        return SparsityPattern.parse(recipe.pattern)
+    return SparsityPattern.unstructured(DEFAULT_SPARSITY if recipe.sparsity is None else recipe.sparsity)
+
+
+def calibration_of(recipe: Recipe, tokenizer: Any, max_seqlen: int, vocab_rows: int) -> Calibration:
+    """The calibration windows that ``recipe`` asks for.
+
+    Args:
+        recipe: Its calibration section and its seed count.
+        tokenizer: The model's.
+        max_seqlen: The most tokens that the model has positions for; no window is longer.
+        vocab_rows: Rows of its embedding.
+
+    Raises:
+        ReportedError: The text is absent, empty, not UTF-8, too short, or has tokens that the model lacks.
+    """
+    settings = recipe.calibration
+    seqlen, notices = window_length(max_seqlen, settings.seqlen), []
+    if settings.seqlen is not None and settings.seqlen > seqlen:
+        notices.append(
+            f"windows have {seqlen} tokens, the model's limit, and not the {settings.seqlen} of the recipe"
+        )
+    text = read_text(
+        settings.source,
+        role="calibration",
+        dataset_config=settings.dataset_config,
+        split=settings.split,
+        text_column=settings.text_column,
+    )
+    windows = calibration_windows(
+        text,
+        tokenizer,
+        num_samples=settings.num_samples,
+        seqlen=seqlen,
+        sampler=settings.sampler,
+        heldout_share=settings.heldout,
+        seed=recipe.seed,
+        vocab_rows=vocab_rows,
+    )
+    return Calibration(text, windows, seqlen, tuple(notices))
+
+
+def plan(
+    opened: OpenModel, recipe: Recipe, pattern: SparsityPattern, ignore: IgnoreRules, progress: Progress
+) -> Job:
+    """Every check that can be made before the first block is touched, and the texts cut into windows.
+
+    Raises:
+        ReportedError: The plan does not fit the model, or a text cannot be used.
+    """
+    source = opened.source
+    prunable = check_plan(source, pattern, ignore)
+    tokenizer = opened.load_tokenizer()
+    calibration = calibration_of(recipe, tokenizer, source.max_seqlen, source.vocab_size)
+    seqlen, windows = calibration.seqlen, calibration.windows
+    evaluation = evaluation_of(recipe.evaluation, tokenizer, seqlen, source.vocab_size)
+    finish, why = finish_for(source, recipe, windows=windows.count, seqlen=seqlen, device=opened.device)
+    notices = (*opened.checkpoint.notices, *calibration.notices, *((why,) if why else ()))
+    progress(
+        RunStarted(
+            model=opened.checkpoint.name,
+            architecture=source.architecture.label,
+            num_blocks=source.num_blocks,
+            prunable_weights=prunable,
+            checkpoint_dtype=dtype_name(opened.checkpoint.dtype),
+            export_dtype=dtype_name(opened.dtype),
+            device=str(opened.device),
+            pattern=str(pattern),
+            pruner=recipe.pruning.method,
+            recovery=recipe.recovery.method,
+            finish=finish,
+        )
+    )
+    for message in notices:
+        progress(Notice(message))
+    text = calibration.text
+    progress(TextReady("calibration", text.spec, len(windows.ids), seqlen, len(windows.heldout)))
+    progress(TextReady("evaluation", evaluation.text.spec, len(evaluation.ids), seqlen))
+    used = as_used(recipe, pattern, seqlen, finish)
+    return Job(source, used, pattern, ignore, calibration, evaluation, opened.device, notices)
+
+
+def as_used(recipe: Recipe, pattern: SparsityPattern, seqlen: int, finish: str) -> Recipe:
+    """The recipe with what it left open filled in, as the report states it."""
+    pruning = recipe.pruning
+    if not pattern.is_n_m:
+        pruning = pruning.model_copy(update={"sparsity": pattern.sparsity})
+    calibration = recipe.calibration.model_copy(update={"seqlen": seqlen})
+    finishing = recipe.finish.model_copy(update={"method": finish})
+    return recipe.model_copy(update={"pruning": pruning, "calibration": calibration, "finish": finishing})
+
+
+def run_blocks(
+    job: Job, writer: CheckpointWriter, stop: Callable[[], bool], progress: Progress
+) -> PassResult:
+    """Every block pruned, repaired and committed; the written folder is whole when this returns.
+
+    Raises:
+        StoppedSafely: ``stop`` said so.
+        ReportedError: Weights or activations are not finite, and the like.
+    """
+    block_pass = BlockPass(
+        job.source,
+        job.calibration.windows.ids,
+        job.calibration.windows.heldout,
+        torch.from_numpy(job.evaluation.ids),
+        recipe=job.recipe,
+        pattern=job.pattern,
+        ignore=job.ignore,
+        device=job.device,
+        stop=stop,
+        progress=progress,
+    )
+    passed = block_pass.run(writer)
+    writer.finish()
+    return passed
