@@ -12,7 +12,8 @@ from torch import Tensor
 
 from compressor.errors import InputRefused
 from compressor.recipe import DsnotRecipe, RecoveryRecipe
-from compressor.recovery.dsnot import Rows, WindowMoments, repair, rows_of, swapped, swapped_in_groups
+from compressor.recovery.block_io import BlockIO
+from compressor.recovery.dsnot import Rows, WindowMoments, repair, rows_of, swap_cycles
 from compressor.sparsity import SparsityPattern, holds_n_m
 
 COLUMNS = 512  # wide rows, so that no row runs out of candidates before it has made its swaps
@@ -38,6 +39,11 @@ def matrix(pattern: SparsityPattern | None = None, *, moved: bool = False, rows:
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter(1, order, True).view(dense.shape)
     pruned = dense + 0.05 * torch.randn(dense.shape, generator=generator) if moved else dense
     return rows_of(pruned * mask, dense, mask, moments(), 5, DsnotRecipe())
+
+
+def swapped(rows: Rows, settings: DsnotRecipe, pattern: SparsityPattern | None = None) -> Tensor:
+    """The mask after all cycles."""
+    return rows.mask ^ (swap_cycles(rows, settings, pattern) > 0)
 
 
 def slow_swaps(
@@ -85,12 +91,22 @@ def test_dsnot_equals_a_loop_over_rows(settings: dict[str, object], moved: bool)
     assert not torch.equal(expected, rows.mask)
 
 
+def test_dsnot_cycles_are_those_of_a_shorter_run() -> None:
+    """The mask after 7 of 50 cycles is that of a run of 7 cycles, for rows and for groups."""
+    for pattern in (None, TWO_OF_FOUR):
+        rows = matrix(pattern)
+        cycles = swap_cycles(rows, DsnotRecipe(), pattern)
+        short = swapped(rows, DsnotRecipe(max_cycle_time=7), pattern)
+        assert torch.equal(rows.mask ^ ((cycles > 0) & (cycles <= 7)), short)
+        assert not torch.equal(short, swapped(rows, DsnotRecipe(), pattern))
+
+
 @pytest.mark.parametrize("settings", [{}, {"max_cycle_time": 3}, {"update_threshold": 40.0}])
 def test_dsnot_in_groups_equals_a_loop_over_rows(settings: dict[str, object]) -> None:
     """The same for 2:4, where a weight that grows back takes the place of one of its own group."""
     rows, chosen = matrix(TWO_OF_FOUR), DsnotRecipe.model_validate(settings)
     expected, _ = slow_swaps(rows, chosen, TWO_OF_FOUR)
-    assert torch.equal(swapped_in_groups(rows, chosen, TWO_OF_FOUR), expected)
+    assert torch.equal(swapped(rows, chosen, TWO_OF_FOUR), expected)
     assert not torch.equal(expected, rows.mask)
 
 
@@ -106,7 +122,7 @@ def test_dsnot_keeps_the_zeros_of_each_row() -> None:
 def test_dsnot_keeps_the_zeros_of_each_group() -> None:
     """Each group of four keeps two, before and after, though half of the rows or more have moved."""
     rows = matrix(TWO_OF_FOUR)
-    mask = swapped_in_groups(rows, DsnotRecipe(), TWO_OF_FOUR)
+    mask = swapped(rows, DsnotRecipe(), TWO_OF_FOUR)
     assert holds_n_m(mask, 2, 4)
     assert torch.equal(mask.view(-1, 4).sum(1), rows.mask.view(-1, 4).sum(1))
     assert ((mask != rows.mask).any(dim=1)).float().mean() > 0.5
@@ -165,6 +181,11 @@ def given(pattern: SparsityPattern | None = None) -> Sample:
     return sample(width=32, mean=1.0, pattern=pattern)
 
 
+def inputs_of(case: Sample) -> tuple[torch.nn.Module, dict[str, Tensor], BlockIO]:
+    """What a repair is given."""
+    return case.block, case.masks, case.io
+
+
 def heldout_mse(case: Sample) -> float:
     """Held-out loss of the block as it is now, written out."""
     output = case.block(case.io.heldout_inputs.states)
@@ -187,6 +208,18 @@ def test_repair_moves_masks_and_weights_together(pattern: SparsityPattern | None
         assert not torch.equal(mask, old)
         assert torch.equal(mask.sum(1), old.sum(1))
         assert pattern is None or holds_n_m(mask, 2, 4)
+
+
+def test_repair_keeps_the_best_number_of_cycles() -> None:
+    """The cycles told are the best of 1, 2, 4 and 7 on held-out windows."""
+    losses = {}
+    for cycles in (1, 2, 4, 7):
+        settings = {"max_cycle_time": cycles}
+        losses[cycles] = repair(*inputs_of(given()), recipe(settings, selection="last")).loss_after
+    result = repair(*inputs_of(given()), recipe({"max_cycle_time": 7}))
+    assert result.best_step == min(losses, key=losses.__getitem__)
+    assert result.loss_after == min(losses.values())
+    assert result.steps == 7
 
 
 def test_repair_keeps_the_pruners_updated_weights() -> None:
@@ -213,7 +246,7 @@ def test_repair_lets_masks_be_that_do_not_help() -> None:
     assert all(torch.equal(result.masks[name], mask) for name, mask in case.masks.items())
     assert all(torch.equal(case.block.get_parameter(name), weight) for name, weight in before.items())
     last = repair(case.block, case.masks, case.io, recipe(selection="last"))
-    assert last.best_step == 1
+    assert last.best_step == last.steps == 50
     assert last.loss_after == pytest.approx(heldout_mse(case), rel=1e-6)
     assert last.loss_after > 0
 

@@ -20,7 +20,9 @@ Deviations from the published code:
 * The scores are the same for every pruner. After SparseGPT there, they are computed from a Hessian that is
   never summed up, and the mask becomes arbitrary.
 * Where the pruner has updated its kept weights (SparseGPT), their change is part of e_i.
-* With ``selection: heldout`` the masks move only if the block's held-out loss falls.
+* With ``selection: heldout`` a block keeps the masks of the best number of cycles on held-out windows: none,
+  1, 2, 4, ... or all. 50 swaps change one weight in 25 of a row of a 7B model at 70 %, and more than the whole
+  row at width 128.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def repair(
         block: On ``io.device``. Masked weights are set to 0 first, whatever they hold.
         masks: Parameter path in the block -> bool mask of the parameter's shape, ``True`` = kept.
         io: Windows, matrices, pattern and the dense block.
-        recipe: Selection and the section ``dsnot``.
+        recipe: Selection and the section ``dsnot``. ``best_step`` and ``steps`` of the result are cycles.
         lr: Of no effect, as nothing is trained.
         seed: Of no effect, as nothing is drawn.
         progress: Called after each matrix with (matrices done, matrices in all).
@@ -68,29 +70,23 @@ def repair(
     Raises:
         InputRefused: No windows; a loss or a statistic that is NaN or infinite.
     """
-    assert io.load_dense is not None
     started = time.perf_counter()
     FrozenMasks(block, masks).zero_weights()
     loss, before, power = step_0(block, io, recipe)
-    skipped = IgnoreRules(recipe.dsnot.skip)
-    matrices = [m for m in io.matrices if not skipped.ignores(f"{io.name}.{m.name}")]
-    dense = io.load_dense()
-    moments = window_moments(dense, io, matrices)
-    given = {name: block.get_parameter(name).detach().clone() for name in masks}
-    moved = {name: mask.clone() for name, mask in masks.items()}
-    for done, matrix in enumerate(matrices, start=1):
-        columns = moments[matrix.name]
-        assert isinstance(columns, WindowMoments)
-        columns.check_finite(f"{io.name}.{matrix.name}")
-        _move(block, dense, matrix, moved, columns, len(io.inputs), recipe.dsnot, io.pattern)
-        if progress is not None:
-            progress(done, len(matrices))
-    after = loss.heldout(block, io, recipe.batch_size)
-    kept = after < before or recipe.selection == "last"
-    if not kept:
-        moved, after = dict(masks), before
-        for name, weight in given.items():
-            block.get_parameter(name).detach().copy_(weight)
+    cycles = recipe.dsnot.max_cycle_time
+    swaps = _Swaps(block, masks, io, recipe.dsnot, progress)
+    stops = (
+        [cycles]
+        if recipe.selection == "last"
+        else [*(2**k for k in range((cycles - 1).bit_length())), cycles]
+    )
+    kept, after = 0, before
+    for stop in stops:
+        swaps.apply(stop)
+        found = loss.heldout(block, io, recipe.batch_size)
+        if found < after or recipe.selection == "last":
+            kept, after = stop, found
+    moved = swaps.apply(kept)
     FrozenMasks(block, moved).verify()
     return Repaired(
         loss_before=before,
@@ -98,13 +94,59 @@ def repair(
         target_power=power,
         train_loss_first=None,
         train_loss_last=None,
-        best_step=int(kept),
-        steps=1,  # the masks move once
+        best_step=kept,
+        steps=cycles,
         lr=0.0,
         diverged=False,
         elapsed_s=time.perf_counter() - started,
         masks=moved,
     )
+
+
+class _Swaps:
+    """The swaps of all matrices of a block, which can be made up to any cycle."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        masks: Mapping[str, Mask],
+        io: BlockIO,
+        settings: DsnotRecipe,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        assert io.load_dense is not None
+        skipped = IgnoreRules(settings.skip)
+        matrices = [m for m in io.matrices if not skipped.ignores(f"{io.name}.{m.name}")]
+        dense = io.load_dense()
+        moments = window_moments(dense, io, matrices)
+        self._block, self._masks = block, masks
+        self._present = {name: block.get_parameter(name).detach().clone() for name in masks}
+        self._when: dict[str, Tensor] = {}  # cycle in which a weight moves, 0 for never; int32, by parameter
+        for done, matrix in enumerate(matrices, start=1):
+            columns = moments[matrix.name]
+            assert isinstance(columns, WindowMoments)
+            columns.check_finite(f"{io.name}.{matrix.name}")
+            mask = matrix.of_mask(masks[matrix.parameter]).to(io.device)
+            W, W_dense = matrix.of(block), matrix.of(dense)
+            rows = rows_of(W, W_dense, mask, columns, len(io.inputs), settings)
+            name = matrix.parameter
+            when = self._when.setdefault(name, torch.zeros_like(self._present[name], dtype=torch.int32))
+            matrix.of_mask(when).copy_(swap_cycles(rows, settings, io.pattern))
+            grown = matrix.of_mask(self._present[name])
+            grown.copy_(torch.where(mask, W, W_dense))
+            if progress is not None:
+                progress(done, len(matrices))
+
+    @torch.no_grad()
+    def apply(self, cycles: int) -> dict[str, Mask]:
+        """Sets the block's weights to what they are after this many cycles; the masks, by parameter."""
+        moved = {}
+        for name, mask in self._masks.items():
+            when = self._when.get(name)
+            moved[name] = mask if when is None else mask ^ ((when > 0) & (when <= cycles)).to(mask.device)
+            kept = moved[name].to(self._present[name].device)
+            self._block.get_parameter(name).copy_(self._present[name].masked_fill(~kept, 0.0))
+        return moved
 
 
 class WindowMoments(Statistic):
@@ -183,17 +225,28 @@ def rows_of(
     )
 
 
-def swapped(rows: Rows, settings: DsnotRecipe) -> Mask:
-    """The mask after at most ``max_cycle_time`` swaps in each row, (out, in); as many kept in each row.
+def swap_cycles(rows: Rows, settings: DsnotRecipe, pattern: SparsityPattern | None) -> Tensor:
+    """The cycle, from 1, in which each weight is grown or pruned, (out, in) int32; 0: it stays as it is.
 
-    No weight moves twice. With ``without_same_sign`` the error may overshoot and is then brought back from
-    the other side; without, a row stops before the swap that would turn the sign.
+    Each cycle swaps one pair in each row that is still at work, and no weight moves twice.
     """
-    mask, error, C = rows.mask.clone(), rows.error.clone(), rows.contributions
+    if pattern is not None and pattern.m is not None:
+        return _swapped_in_groups(rows, settings, pattern.m)
+    return _swapped(rows, settings)
+
+
+def _swapped(rows: Rows, settings: DsnotRecipe) -> Tensor:
+    """Swaps within rows.
+
+    With ``without_same_sign`` the error may overshoot and is then brought back from the other side; without, a
+    row stops before the swap that would turn the sign.
+    """
+    error, C = rows.error.clone(), rows.contributions
+    when = torch.zeros_like(C, dtype=torch.int32)
     grow = _Candidates(rows.growth, C, ~rows.mask, settings.max_cycle_time)
     prune = _Candidates(-rows.scores, C, rows.mask, settings.max_cycle_time)
     active = torch.ones_like(error, dtype=torch.bool)
-    for _ in range(settings.max_cycle_time):
+    for cycle in range(1, settings.max_cycle_time + 1):
         side = (error < 0).long()
         grown, c_grown = grow.first(side)
         pruned, c_pruned = prune.first(1 - side)
@@ -203,30 +256,32 @@ def swapped(rows: Rows, settings: DsnotRecipe) -> Mask:
             active &= after.sign() == rows.error.sign()
         if not bool(active.any()):
             break
-        _swap(mask, grown, pruned, active)
+        _note(when, grown, active, cycle)
+        _note(when, pruned, active, cycle)
         error = torch.where(active, after, error)
         grow.take(side, active)
         prune.take(1 - side, active)
-    return mask
+    return when
 
 
-def swapped_in_groups(rows: Rows, settings: DsnotRecipe, pattern: SparsityPattern) -> Mask:
-    """The mask after at most ``max_cycle_time`` swaps in each row, all within groups; (out, in).
+def _swapped_in_groups(rows: Rows, settings: DsnotRecipe, m: int) -> Tensor:
+    """Swaps within groups of ``m``.
 
-    As published, a row stops before the swap that would turn the sign of its error, and what has grown is
-    safe from pruning. A group that has grown all it can is passed over.
+    As published, a row stops before the swap that would turn the sign of its error, and what has grown is safe
+    from pruning. A group that has grown all it can is passed over.
     """
-    assert pattern.m is not None
-    mask, error, C = rows.mask.clone(), rows.error.clone(), rows.contributions
+    error, C = rows.error.clone(), rows.contributions
+    when = torch.zeros_like(C, dtype=torch.int32)
     grow = _Candidates(rows.growth, C, ~rows.mask, settings.max_cycle_time)
     live = rows.scores.masked_fill(~rows.mask, torch.inf)  # (out, in); what may still be pruned
+    places = torch.arange(m, device=C.device)
     active = torch.ones_like(error, dtype=torch.bool)
-    for _ in range(settings.max_cycle_time):
+    for cycle in range(1, settings.max_cycle_time + 1):
         side = (error < 0).long()
         grown, c_grown = grow.first(side)
-        group = (grown // pattern.m)[:, None] * pattern.m + torch.arange(pattern.m, device=grown.device)
+        group = (grown // m)[:, None] * m + places  # (out, m)
         lowest, place = live.gather(1, group).min(dim=1)
-        pruned = group.gather(1, place[:, None])[:, 0]
+        pruned = _at(group, place)
         after = error - c_grown + _at(C, pruned).double()
         free = lowest.isfinite()
         active &= (error.abs() > settings.update_threshold) & (c_grown != 0)
@@ -234,11 +289,12 @@ def swapped_in_groups(rows: Rows, settings: DsnotRecipe, pattern: SparsityPatter
         if not bool(active.any()):
             break
         swaps = active & free
-        _swap(mask, grown, pruned, swaps)
+        _note(when, grown, swaps, cycle)
+        _note(when, pruned, swaps, cycle)
         live.scatter_(1, pruned[:, None], torch.where(swaps, torch.inf, lowest)[:, None])
         error = torch.where(swaps, after, error)
         grow.take(side, active)
-    return mask
+    return when
 
 
 class _Candidates:
@@ -277,28 +333,6 @@ def _at(tensor: Tensor, columns: Tensor) -> Tensor:
     return tensor.gather(1, columns[:, None])[:, 0]
 
 
-def _swap(mask: Mask, grown: Tensor, pruned: Tensor, swaps: Tensor) -> None:
-    """Keep column ``grown`` and prune column ``pruned`` in the rows where ``swaps``; (out,) each."""
-    mask.scatter_(1, grown[:, None], (_at(mask, grown) | swaps)[:, None])
-    mask.scatter_(1, pruned[:, None], (_at(mask, pruned) & ~swaps)[:, None])
-
-
-@torch.no_grad()
-def _move(
-    block: nn.Module,
-    dense: nn.Module,
-    matrix: PrunableMatrix,
-    masks: Mapping[str, Mask],
-    columns: WindowMoments,
-    windows: int,
-    settings: DsnotRecipe,
-    pattern: SparsityPattern | None,
-) -> None:
-    """Moves the mask of one matrix, and its weights with it."""
-    W, W_dense = matrix.of(block), matrix.of(dense)
-    kept = matrix.of_mask(masks[matrix.parameter])
-    rows = rows_of(W, W_dense, kept.to(W.device), columns, windows, settings)
-    grouped = pattern is not None and pattern.is_n_m
-    mask = swapped_in_groups(rows, settings, pattern) if grouped and pattern else swapped(rows, settings)
-    W.copy_(torch.where(rows.mask, W, W_dense).masked_fill_(~mask, 0.0))
-    kept.copy_(mask)
+def _note(when: Tensor, columns: Tensor, swaps: Tensor, cycle: int) -> None:
+    """Writes ``cycle`` to one column of each row in which ``swaps``; (out,) each."""
+    when.scatter_(1, columns[:, None], torch.where(swaps, cycle, _at(when, columns))[:, None])
