@@ -62,6 +62,7 @@ class Repaired:
         diverged: Whether a loss became NaN or infinite and the repair stopped there.
         elapsed_s: Wall time.
         masks: New masks by parameter, of a method that moves them; ``None`` where they stayed frozen.
+        trained_parameters: How many numbers were free to move; ``None`` where the method does not tell.
     """
 
     loss_before: float
@@ -75,6 +76,7 @@ class Repaired:
     diverged: bool
     elapsed_s: float
     masks: Mapping[str, Mask] | None = None
+    trained_parameters: int | None = None
 
     @property
     def relative_before(self) -> float:

@@ -100,6 +100,7 @@ def repair(
         diverged=False,
         elapsed_s=time.perf_counter() - started,
         masks=moved,
+        trained_parameters=0,
     )
 
 

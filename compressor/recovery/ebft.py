@@ -80,6 +80,7 @@ def repair(
         lr=lr,
         diverged=course.diverged,
         elapsed_s=time.perf_counter() - started,
+        trained_parameters=sum(weight.numel() for weight in weights) - frozen.zeros,
     )
 
 

@@ -30,6 +30,11 @@ class FrozenMasks:
         ]
         self._kept = {name: int(mask.sum()) for name, _, mask in self._masked}
 
+    @property
+    def zeros(self) -> int:
+        """How many weights are masked."""
+        return sum(mask.numel() - self._kept[name] for name, _, mask in self._masked)
+
     def zero_weights(self) -> None:
         """Set every masked weight to +0.0."""
         with torch.no_grad():
