@@ -74,8 +74,9 @@ class PassResult:
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What the pruner had to say, one line per matrix."""
-        return tuple(note for block in self.blocks for note in block.notes)
+        """What the pruner had to say, one line per matrix, and the end-to-end stages."""
+        stages = tuple(tuned.note for tuned in self.finetuned if tuned.note)
+        return (*(note for block in self.blocks for note in block.notes), *stages)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from compressor.linears import PrunableMatrix
 from compressor.models.source import BlockSource
 from compressor.models.writer import BlockWriter
 from compressor.perplexities import EvaluationStreams
-from compressor.progress import FinetuningFinished, FinetuningProgress, Progress, StageStarted
+from compressor.progress import FinetuningFinished, FinetuningProgress, Notice, Progress, StageStarted
 from compressor.recipe import Recipe
 from compressor.sparsity import Mask
 from validators.validate import available_memory_bytes
@@ -108,6 +108,8 @@ class EndToEnd:
             tuned = stage.tune(model, self._recipe.seed, partial(self._tell, stage))
             model = with_masks(model, tuned)
             self._tell_finished(stage, tuned)
+            if tuned.note:
+                self._progress(Notice(tuned.note, shortfall=True))
             done.append(tuned)
         self._held = [
             _Held(held.block, masks, held.matrices)

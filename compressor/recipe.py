@@ -89,10 +89,60 @@ class DsnotRecipe(_Section):
     skip: tuple[str, ...] = ("*.mlp", "*.fc1", "*.fc2")  # what keeps the pruner's mask: globs, as in ignore
 
 
+class LoraRecipe(_Section):
+    """Plain LoRA, which fills zeros as it is merged; rank to lr as in Wanda's lora_ft (arXiv 2306.11695)."""
+
+    rank: Count = 8
+    alpha: Positive = 16.0  # the product B A is multiplied by alpha / rank
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    targets: Literal["qv", "all"] = "qv"  # query and value projections, or every matrix that was pruned
+    lr: Positive | Literal["auto"] = 1e-4
+
+
+class MaskedLoraRecipe(LoraRecipe):
+    """LoRA under the mask; settings as published with LoSA."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    targets: Literal["qv", "all"] = "all"
+    lr: Positive | Literal["auto"] = 2e-4
+
+
+class SppRecipe(_Section):
+    """Sparsity-preserving factors (arXiv 2405.16057), as published."""
+
+    rank: Count = 16  # rows of A; each serves a stretch of consecutive rows of W
+    scale: Positive = 2.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    lr: Positive | Literal["auto"] = 4e-3
+    weight_decay: NonNegative = 1e-3
+
+
+class SquareHeadRecipe(_Section):
+    """Distillation from the dense model's layers (arXiv 2310.06927), as published."""
+
+    ce: NonNegative = 1.0  # weight of the cross entropy with the text
+    kd: NonNegative = 0.0  # weight of the divergence from the dense model's logits
+    sq: NonNegative = 1.0  # weight of the layers' normalised squared errors
+    temperature: Positive = 1.0
+    lr: Positive | Literal["auto"] = 1e-4
+
+    @model_validator(mode="after")
+    def _some_term(self) -> SquareHeadRecipe:
+        if not self.ce and not self.kd and not self.sq:
+            raise ValueError("one of ce, kd and sq must be above 0")
+        return self
+
+
+class NormsRecipe(_Section):
+    """Norm gains and biases alone (arXiv 2312.15230)."""
+
+    lr: Positive | Literal["auto"] = "auto"
+
+
 class _RecoveryMethod(_Section):
     """The first keys of ``RecoveryRecipe``: bases come in this order, so that they stand first in a file."""
 
-    method: Literal["ebft", "dsnot", "none"] = "ebft"
+    method: Literal["ebft", "dsnot", "none", "lora", "masked-lora", "spp", "squarehead", "norms"] = "ebft"
     targets: Literal["block", "model"] = (
         "model"  # the dense block on the same inputs, or the dense model's own activations
     )
@@ -105,6 +155,12 @@ class RecoveryRecipe(TrainingRecipe, _RecoveryMethod):
 
     probe: LearningRateProbe = LearningRateProbe()
     dsnot: DsnotRecipe = DsnotRecipe()
+    # End-to-end methods; where recovery.lr is auto, their own lr counts
+    lora: LoraRecipe = LoraRecipe()
+    masked_lora: MaskedLoraRecipe = MaskedLoraRecipe()
+    spp: SppRecipe = SppRecipe()
+    squarehead: SquareHeadRecipe = SquareHeadRecipe()
+    norms: NormsRecipe = NormsRecipe()
 
 
 class _FinishMethod(_Section):

@@ -76,8 +76,8 @@ RECOVERY = Section(
         Setting(
             "--recovery",
             "recovery.method",
-            click.Choice(["ebft", "dsnot", "none"]),
-            "How kept weights are repaired.",
+            click.Choice(["ebft", "dsnot", "none", "lora", "masked-lora", "spp", "squarehead", "norms"]),
+            "How kept weights are repaired: block by block, or (from lora on) all blocks together.",
         ),
         Setting("--epochs", "recovery.epochs", int, "Passes over the calibration windows per block."),
         Setting(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from compressor.finetuning import kl
+from compressor.finetuning import kl, lora, masked_lora, norms, spp, squarehead
 from compressor.finetuning.sparse_model import SparseModel, Windows
 from compressor.finetuning.tuning import Finetuned, Step, Tell, with_masks
 from compressor.recipe import FinishRecipe, Recipe, RecoveryRecipe
@@ -36,7 +36,13 @@ class Finish(Protocol):
     def __call__(self, model: SparseModel, recipe: FinishRecipe, *, seed: int, tell: Tell) -> Finetuned: ...
 
 
-FINETUNINGS: dict[str, Finetuning] = {}
+FINETUNINGS: dict[str, Finetuning] = {
+    "lora": lora.repair,
+    "masked-lora": masked_lora.repair,
+    "spp": spp.repair,
+    "squarehead": squarehead.repair,
+    "norms": norms.repair,
+}
 FINISHES: dict[str, Finish | None] = {"none": None, "kl": kl.finish}
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from compressor.finetuning.sparse_model import (
     hidden_states,
     kept_bytes_per_token,
 )
-from compressor.recipe import LearningRateTrials, TrainingRecipe
+from compressor.recipe import LearningRateTrials, RecoveryRecipe, TrainingRecipe
 from compressor.recovery.frozen_masks import FrozenMasks
 from compressor.recovery.heldout import BestWeights
 from compressor.recovery.lr_probe import climb, log_ratio
@@ -62,6 +63,7 @@ class Finetuned:
         diverged: Whether a loss became NaN or infinite and the training stopped there.
         elapsed_s: Wall time, trials included.
         masks: New masks of each block, of a method whose merge fills zeros; ``None`` where they stayed frozen.
+        note: What the user should know of it, in one line.
     """
 
     method: str
@@ -78,6 +80,7 @@ class Finetuned:
     diverged: bool
     elapsed_s: float
     masks: tuple[Mapping[str, Mask], ...] | None = None
+    note: str | None = None
 
 
 def tune(
@@ -157,8 +160,9 @@ class _Tuning:
     ) -> None:
         self._model, self._parametrisation, self._objective = model, parametrisation, objective
         self._recipe = recipe
-        # Errors in every layer need a second, dense model beside the sparse one.
-        layers = range(len(model.blocks)) if objective.sq else ()
+        # Errors in every layer need a second, dense model beside the sparse one; so does KL without kept states.
+        needed = objective.sq or (objective.kd and model.training.dense is None)
+        layers = range(len(model.blocks)) if needed else ()
         self._dense_blocks = [model.load_dense(index) for index in layers]
         self._recompute = _recomputes(model, recipe.batch_size)
 
@@ -263,6 +267,22 @@ def _recomputes(model: SparseModel, batch_size: int) -> bool:
         return True
     tokens = min(batch_size, len(model.training)) * model.training.ids.shape[1]
     return tokens * kept_bytes_per_token(model.blocks) > KEPT_ACTIVATIONS_BYTES
+
+
+def settings_of(
+    recipe: RecoveryRecipe, lr: float | Literal["auto"], weight_decay: float | None = None
+) -> TrainingRecipe:
+    """How a method of the recovery trains: as ``recipe`` says, with the method's own values.
+
+    Args:
+        recipe: A number in ``recipe.lr`` counts before ``lr``.
+        lr: The method's own.
+        weight_decay: The method's own, if it has one.
+    """
+    own: dict[str, Any] = {"lr": lr if recipe.lr == "auto" else recipe.lr}
+    if weight_decay is not None:
+        own["weight_decay"] = weight_decay
+    return recipe.model_copy(update=own)
 
 
 def _check(model: SparseModel, method: str, loss: float) -> None:
