@@ -6,15 +6,20 @@ statistics of disjoint tokens merge by addition, in any order.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from compressor.errors import InputRefused
+
+Kind = TypeVar("Kind", bound="Statistic")
+Derived = TypeVar("Derived")
 
 
 class Statistic(ABC):
@@ -29,6 +34,8 @@ class Statistic(ABC):
         self.in_features = in_features
         self.tokens = 0
         self._sum = torch.zeros(self.shape(in_features), dtype=torch.float32, device=device)
+        self._derived: dict[Hashable, Any] = {}
+        self._derived_of = self._sum._version
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(in_features={self.in_features}, tokens={self.tokens})"
@@ -52,6 +59,27 @@ class Statistic(ABC):
         """Add a contribution already computed by :meth:`of` over ``tokens`` tokens."""
         self._sum += part.to(self._sum.device)
         self.tokens += tokens
+
+    def plus(self: Kind, part: Tensor, tokens: int) -> Kind:
+        """A new statistic: this one and a contribution over ``tokens`` tokens."""
+        total = copy.copy(self)
+        total._sum = self._sum + part.to(self._sum.device)
+        total.tokens = self.tokens + tokens
+        total.forget()
+        return total
+
+    def derived(self, key: Hashable, of: Callable[[Tensor], Derived]) -> Derived:
+        """``of`` the sum, computed once per ``key`` while the sum stays as it is; not to be written to."""
+        if self._derived_of != self._sum._version:
+            self.forget()
+        if key not in self._derived:
+            self._derived[key] = of(self._sum)
+        result: Derived = self._derived[key]
+        return result
+
+    def forget(self) -> None:
+        """Let go of what was derived."""
+        self._derived, self._derived_of = {}, self._sum._version
 
     def merge(self, other: Statistic) -> None:
         """Add the sum of another statistic of the same kind and width."""
@@ -118,7 +146,10 @@ class Gram(Statistic):
 
 
 class BlockStatistics:
-    """One statistic for each matrix of a block; matrices fed by the same tensor share its computation.
+    """What is known of each matrix' inputs; matrices that are fed by the same tensors share one statistic.
+
+    All matrices of one width start with the same empty statistic. They part when one of them receives what the
+    others do not, so q, k and v hold one Gram matrix between them, and what is derived of it is computed once.
 
     Args:
         kind: The statistic that the pruner asks for.
@@ -129,18 +160,37 @@ class BlockStatistics:
     def __init__(
         self, kind: type[Statistic], in_features: Mapping[str, int], device: torch.device | str = "cpu"
     ) -> None:
-        self._statistics = {name: kind(width, device) for name, width in in_features.items()}
+        empty = {width: kind(width, device) for width in sorted(set(in_features.values()))}
+        self._statistics = {name: empty[width] for name, width in in_features.items()}
         self._last: _Contribution | None = None
+        self._asked: Statistic | None = None
 
     def __getitem__(self, name: str) -> Statistic:
-        return self._statistics[name]
+        """The statistic of a matrix; what was derived of the one asked for before, if another, is let go."""
+        statistic = self._statistics[name]
+        if self._asked is not None and self._asked is not statistic:
+            self._asked.forget()
+        self._asked = statistic
+        return statistic
 
     def receive(self, name: str, X: Tensor) -> None:
         """Add the inputs ``X`` (..., in) of the matrix ``name``."""
-        statistic = self._statistics[name]
+        before = self._statistics[name]
         if self._last is None or not self._last.is_of(X):
-            self._last = _Contribution(X, X._version, statistic.of(statistic.as_tokens(X)))
-        statistic.add_part(self._last.part, X.numel() // statistic.in_features)
+            self._last = _Contribution(X, X._version, before.of(before.as_tokens(X)))
+        part, tokens, grown = self._last.part, X.numel() // before.in_features, self._last.grown
+        if id(before) in grown:
+            self._statistics[name] = grown[id(before)][1]
+        elif self._is_shared(name) or any(after is before for _, after in grown.values()):
+            self._statistics[name] = before.plus(part, tokens)
+            grown[id(before)] = before, self._statistics[name]
+        else:
+            before.add_part(part, tokens)
+
+    def _is_shared(self, name: str) -> bool:
+        """Whether other matrices hold the statistic of ``name`` too."""
+        mine = self._statistics[name]
+        return any(other is mine for key, other in self._statistics.items() if key != name)
 
     def finish(self) -> None:
         """Let go of the last batch, which is held for sharing."""
@@ -154,6 +204,7 @@ class _Contribution:
     X: Tensor
     version: int  # counts writes into the tensor
     part: Tensor
+    grown: dict[int, tuple[Statistic, Statistic]] = field(default_factory=dict)  # by id: without and with it
 
     def is_of(self, X: Tensor) -> bool:
         """Whether ``X`` is the same memory, seen the same way, unchanged since.

@@ -9,7 +9,7 @@ from torch import Tensor
 from compressor.errors import InputRefused
 from compressor.pruning import PRUNERS
 from compressor.pruning.pruner import Pruned
-from compressor.pruning.sparsegpt import column_block_width, inverse_factor
+from compressor.pruning.sparsegpt import column_block_width, hessian_factor
 from compressor.recipe import PruningRecipe
 from compressor.sparsity import SparsityPattern, holds_n_m, pruned_count
 from compressor.statistics import ColumnNorms, Gram
@@ -76,15 +76,14 @@ def test_sparsegpt_equals_the_column_by_column_oracle(pattern: SparsityPattern, 
     torch.testing.assert_close(pruned.weight.double(), weight * mask, rtol=1e-4, atol=1e-4)
 
 
-def test_inverse_factor_squares_to_the_inverse() -> None:
-    """U is upper triangular with U^T U = H^-1 (factorised in float64, rounded to float32: 1e-5)."""
-    _, X = problem()
-    U, damping = inverse_factor(X.T @ X, 0.01, "w")
+def test_hessian_factor_squares_to_the_damped_hessian() -> None:
+    """R is upper triangular with R R^T = H (float32 sums of 20 products: 1e-5 of its largest)."""
+    X = problem(tokens=60)[1]
+    R, damping = hessian_factor(X.T @ X, 0.01, "w")
+    assert torch.equal(R, R.triu())
     assert damping == 0.01
-    assert torch.equal(U, U.triu())
-    torch.testing.assert_close(
-        U.double().T @ U.double() @ damped(X), torch.eye(20).double(), rtol=0, atol=1e-4
-    )
+    H = damped(X)
+    torch.testing.assert_close(R.double() @ R.double().T, H, rtol=0, atol=1e-5 * float(H.max()))
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
@@ -142,8 +141,8 @@ def test_mask_only_keeps_the_original_weights() -> None:
     W, X = problem()
     pruned = prune(W, X, update_weights=False)
     assert torch.equal(pruned.weight, torch.where(pruned.mask, W, 0.0))
-    U, _ = inverse_factor(X.T @ X, 0.01, "w")
-    S = (W / U.diagonal()).square()
+    R, _ = hessian_factor(X.T @ X, 0.01, "w")
+    S = (W * R.diagonal()).square()
     assert S[~pruned.mask].max() <= S[pruned.mask].min()
 
 
@@ -177,10 +176,35 @@ def test_indefinite_hessian_raises_the_damping_then_gives_up() -> None:
     statistic.gram()[0, 0] = -0.02
     recipe = PruningRecipe(method="sparsegpt")
     assert PRUNERS["sparsegpt"].prune(W, statistic, HALF, recipe).note == "Hessian damping raised to 0.05"
-    statistic.gram()[0, 0] = -100
+    statistic.gram()[0, 0] = -100  # a written sum is factorised anew
     with pytest.raises(InputRefused, match=r"block\.down") as caught:
         PRUNERS["sparsegpt"].prune(W, statistic, HALF, recipe, name="block.down")
     assert caught.value.error_id == "E-HESSIAN-SINGULAR"
+
+
+def test_hessian_beyond_float32_is_factorised_in_float64() -> None:
+    """A damping that float32 rounds away still makes a singular Hessian of whole numbers definite."""
+    X = torch.randint(-3, 4, (3, 20), generator=torch.Generator().manual_seed(0)).float()
+    R, damping = hessian_factor(X.T @ X, 1e-10, "w")
+    assert damping == 1e-10
+    # R is rounded to float32: 1e-6 of the Hessian's largest.
+    torch.testing.assert_close(R @ R.T, X.T @ X, rtol=0, atol=1e-6 * float((X.T @ X).max()))
+
+
+def test_sparsegpt_factorises_a_shared_hessian_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two matrices with one statistic are pruned with one factor."""
+    calls = []
+
+    def counted(*arguments: object) -> object:
+        calls.append(arguments)
+        return hessian_factor(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("compressor.pruning.sparsegpt.hessian_factor", counted)
+    W, X = problem()
+    statistic, recipe = gram_of(X), PruningRecipe(method="sparsegpt")
+    for weight in (W, 2 * W):
+        PRUNERS["sparsegpt"].prune(weight, statistic, HALF, recipe)
+    assert len(calls) == 1
 
 
 def test_sparsegpt_refuses_non_finite_inputs() -> None:
@@ -206,5 +230,6 @@ def test_sparsegpt_repeats_bit_for_bit_on_a_transposed_view() -> None:
     W, X = problem()
     stored = W.T.contiguous().T
     first, second = prune(W, X, column_block=8), prune(stored, X, column_block=8)
+    assert torch.equal(stored, W)  # and neither is written to
     assert torch.equal(first.mask, second.mask)
     assert torch.equal(first.weight, second.weight)

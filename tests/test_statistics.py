@@ -109,6 +109,59 @@ def test_block_statistics_compute_a_shared_input_once() -> None:
         assert statistics[name].tokens == 100
 
 
+def test_block_statistics_keep_one_sum_for_matrices_with_the_same_inputs() -> None:
+    """q and k hold one statistic; v saw one tensor less and o another one, so each has its own."""
+    statistics = BlockStatistics(Gram, dict.fromkeys("qkvo", 6))
+    first, second, other = (inputs(seed=seed) for seed in range(3))
+    for name, X in [("q", first), ("k", first), ("v", first), ("o", other), ("q", second), ("k", second)]:
+        statistics.receive(name, X)
+    assert statistics["q"] is statistics["k"]
+    expected = {"q": [first, second], "v": [first], "o": [other]}
+    for name, batches in expected.items():
+        alone = Gram(6)
+        for X in batches:
+            alone.add(X)
+        assert torch.equal(statistics[name]._sum, alone._sum)
+        assert statistics[name].tokens == 50 * len(batches)
+
+
+def test_block_statistics_count_a_tensor_as_often_as_it_comes() -> None:
+    """A matrix that is used twice on one tensor counts it twice, and the others once."""
+    statistics = BlockStatistics(ColumnNorms, dict.fromkeys("abc", 6))
+    X = inputs()
+    for name in "aabcb":
+        statistics.receive(name, X)
+    assert [statistics[name].tokens for name in "abc"] == [100, 100, 50]
+
+
+def test_derived_is_computed_once_until_the_sum_changes() -> None:
+    """One computation per key; tokens added, or a sum written to, make it anew."""
+    statistic, calls = Gram(6), []
+
+    def trace(G: Tensor) -> float:
+        calls.append(len(calls))
+        return float(G.trace())
+
+    statistic.add(inputs())
+    assert statistic.derived("trace", trace) == statistic.derived("trace", trace)
+    assert len(calls) == 1
+    statistic.derived("another", trace)
+    statistic.add(inputs(seed=1))
+    assert statistic.derived("trace", trace) == float(statistic.gram().trace())
+    assert len(calls) == 3
+
+
+def test_block_statistics_keep_what_is_derived_of_one_statistic_at_a_time() -> None:
+    """Asking for another matrix' statistic lets go of the factor of the one before."""
+    statistics = BlockStatistics(Gram, {"q": 6, "k": 6, "down": 8})
+    statistics.receive("q", inputs())
+    statistics.receive("k", inputs())
+    calls: list[str] = []
+    for name in ("q", "q", "down", "q"):
+        statistics[name].derived("factor", lambda _, name=name: calls.append(name))
+    assert calls == ["q", "down", "q"]
+
+
 def test_block_statistics_notice_a_tensor_that_was_written_to() -> None:
     """The same memory with new values is another input."""
     statistics = BlockStatistics(ColumnNorms, {"a": 2, "b": 2})

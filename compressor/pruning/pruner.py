@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputRefused
+from compressor.pruning.group_ranks import LONGEST, lowest_of_groups
 from compressor.recipe import PruningRecipe
 from compressor.sparsity import Mask, SparsityPattern
 from compressor.statistics import Statistic
@@ -99,7 +100,7 @@ def lowest(S: Tensor, count: int) -> Tensor:
     """
     if count <= 0:
         return torch.zeros_like(S, dtype=torch.bool)
-    if S.shape[-1] <= 64:  # many short rows (the groups of N:M): sorting beats selecting
+    if S.shape[-1] <= 64:  # many short rows: sorting beats selecting
         chosen = torch.zeros_like(S, dtype=torch.bool)
         return chosen.scatter_(-1, S.argsort(dim=-1, stable=True)[..., :count], True)
     threshold = S.kthvalue(count, dim=-1, keepdim=True).values
@@ -113,4 +114,6 @@ def lowest_in_groups(S: Tensor, pattern: SparsityPattern) -> Tensor:
     """Where the m - n lowest of each group of m consecutive inputs are, (out, in) bool. ``S``: (out, in)."""
     assert pattern.n is not None
     assert pattern.m is not None
+    if pattern.m <= LONGEST:
+        return lowest_of_groups(S, pattern.m, pattern.m - pattern.n)
     return lowest(S.reshape(-1, pattern.m), pattern.m - pattern.n).view(S.shape)
