@@ -17,6 +17,9 @@ Deviations from the published code:
 
 * A row stops when it has no candidate left. There it grows a kept weight or prunes a pruned one, and the
   number of zeros changes.
+* For N:M, a swap that would not shrink |e_i| is passed over. There it is made, as the weight that is pruned
+  may add to the error what the grown one has taken off (2:4 on examples/tiny-llm after all 50 cycles:
+  perplexity 56.2 with this rule, 71.2 without).
 * The scores are the same for every pruner. After SparseGPT there, they are computed from a Hessian that is
   never summed up, and the mask becomes arbitrary.
 * Where the pruner has updated its kept weights (SparseGPT), their change is part of e_i.
@@ -269,7 +272,8 @@ def _swapped_in_groups(rows: Rows, settings: DsnotRecipe, m: int) -> Tensor:
     """Swaps within groups of ``m``.
 
     As published, a row stops before the swap that would turn the sign of its error, and what has grown is safe
-    from pruning. A group that has grown all it can is passed over.
+    from pruning. A candidate whose group has grown all it can, or whose swap would not shrink |e_i|, is passed
+    over.
     """
     error, C = rows.error.clone(), rows.contributions
     when = torch.zeros_like(C, dtype=torch.int32)
@@ -284,7 +288,7 @@ def _swapped_in_groups(rows: Rows, settings: DsnotRecipe, m: int) -> Tensor:
         lowest, place = live.gather(1, group).min(dim=1)
         pruned = _at(group, place)
         after = error - c_grown + _at(C, pruned).double()
-        free = lowest.isfinite()
+        free = lowest.isfinite() & (after.abs() < error.abs())
         active &= (error.abs() > settings.update_threshold) & (c_grown != 0)
         active &= ~free | (after.sign() == rows.error.sign())
         if not bool(active.any()):
