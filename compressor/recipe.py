@@ -27,6 +27,17 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class FlapRecipe(_Section):
+    """Structured pruning: heads and neurons (arXiv 2312.11983), as published."""
+
+    metric: Literal["WIFV", "IFV", "WIFN"] = "WIFV"
+    # layers uniform or adaptive (UL, AL); heads against neurons in proportion, by score, or as given (UM, AM, MM)
+    structure: Literal["AL-AM", "AL-MM", "UL-UM", "UL-MM"] = "AL-AM"
+    remove_heads: Annotated[int, Field(ge=0, le=10_000_000)] = 8  # over all layers; AL-MM and UL-MM only
+    bias_compensation: bool = True
+    uniform: bool = False  # as many heads and neurons in every layer, no new biases: loads in stock transformers
+
+
 class PruningRecipe(_Section):
     """Which weights become zero.
 
@@ -40,6 +51,7 @@ class PruningRecipe(_Section):
     ignore: tuple[str, ...] = ()  # beyond lm_head and embeddings, which are never pruned
     column_block: Count = 128  # SparseGPT: columns per saliency block
     damping: Positive = 0.01  # SparseGPT: share of the mean Hessian diagonal added to it
+    flap: FlapRecipe = FlapRecipe()
 
     @model_validator(mode="after")
     def _one_target(self) -> PruningRecipe:

@@ -19,6 +19,7 @@ from compressor.models.hub import fetch
 from compressor.models.kind import describe_kind, library_of
 from compressor.models.quiet import quiet_transformers
 from compressor.models.registry import Architecture, architecture_of
+from compressor.models.structure import ModelStructure, split_settings
 from compressor.models.weight_files import WeightFiles, find_weight_files
 
 __all__ = ["Checkpoint", "open_checkpoint", "open_tokenizer"]
@@ -42,12 +43,13 @@ class Checkpoint:
         folder: Where its files are.
         name: The hub id, or the folder's own name without the path to it.
         revision: The hub's commit, ``None`` for a local folder.
-        settings: The content of ``config.json``.
+        settings: The content of ``config.json``, without the structure.
         config: The same as an object of transformers.
         architecture: What is special about its type.
         dtype: What its weights are stored in: float32, float16 or bfloat16.
         weights: The weight files and what they hold.
         copied_files: Tokenizer, chat template and licence files.
+        structure: Widths that differ from layer to layer, or ``None`` where the config says it all.
         trust_remote_code: Whether the user trusts the code in the folder.
         notices: What the user should know and that is no error.
     """
@@ -61,6 +63,7 @@ class Checkpoint:
     dtype: torch.dtype
     weights: WeightFiles
     copied_files: tuple[Path, ...]
+    structure: ModelStructure | None = None
     trust_remote_code: bool = False
     notices: tuple[str, ...] = ()
 
@@ -110,18 +113,18 @@ def open_checkpoint(
         InputRefused: E-MODEL-NOT-FOUND, E-MODEL-ADAPTER, E-MODEL-PICKLE, E-MODEL-UNSUPPORTED,
             E-MODEL-MULTIMODAL,
             E-MODEL-QUANTIZED, E-MODEL-REMOTE-CODE, E-CONFIG-SYNTAX, E-CONFIG-UNSAFE, E-CONFIG-SIZE,
-            E-CONFIG-INVALID, E-WEIGHTS-SHARD-MISSING, E-WEIGHTS-INDEX, E-WEIGHTS-TRUNCATED, E-WEIGHTS-HEADER,
-            E-WEIGHTS-DUPLICATE.
+            E-CONFIG-INVALID, E-STRUCTURE-INVALID, E-WEIGHTS-SHARD-MISSING, E-WEIGHTS-INDEX,
+            E-WEIGHTS-TRUNCATED, E-WEIGHTS-HEADER, E-WEIGHTS-DUPLICATE.
         HubError: The hub does not have it, or cannot be reached.
     """
     folder, name, commit = _locate(model, revision, trust_remote_code)
     _refuse_other_folders(folder, name)
-    settings = read_settings(folder / "config.json")
+    settings, structure = split_settings(read_settings(folder / "config.json"))
     architecture = _architecture(folder, settings, trust_remote_code)
     weights = find_weight_files(folder, name)
     _refuse_quantised_tensors(weights)
     _refuse_sizes_beyond(weights, settings)
-    config = _load_config(folder, settings, architecture)
+    config = _load_config(folder, settings, architecture, structure)
     return Checkpoint(
         folder=folder,
         name=name,
@@ -132,6 +135,7 @@ def open_checkpoint(
         dtype=_dtype(settings, weights),
         weights=weights,
         copied_files=tuple(_copied_files(folder, architecture)),
+        structure=structure,
         trust_remote_code=trust_remote_code,
         notices=tuple(_notices(folder, settings, config, architecture)),
     )
@@ -144,8 +148,8 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> tuple[An
         InputRefused: E-MODEL-UNSUPPORTED, E-CONFIG-SYNTAX, E-CONFIG-UNSAFE, E-CONFIG-SIZE, E-CONFIG-INVALID,
             E-TOKENIZER-NOT-FOUND and the like, as ``open_checkpoint`` and ``Checkpoint.load_tokenizer`` say.
     """
-    settings = read_settings(folder / "config.json")
-    config = _load_config(folder, settings, _architecture(folder, settings, trust_remote_code))
+    settings, structure = split_settings(read_settings(folder / "config.json"))
+    config = _load_config(folder, settings, _architecture(folder, settings, trust_remote_code), structure)
     return _load_tokenizer(folder, folder.resolve().name, settings, trust_remote_code), config
 
 
@@ -232,8 +236,10 @@ def _size(settings: Mapping[str, Any], *keys: str, default: int = 1) -> int:
     return next((value for key in keys if isinstance(value := settings.get(key), int)), default)
 
 
-def _load_config(folder: Path, settings: Mapping[str, Any], architecture: Architecture) -> Any:
-    from transformers import AutoConfig, PreTrainedConfig
+def _load_config(
+    folder: Path, settings: Mapping[str, Any], architecture: Architecture, structure: ModelStructure | None
+) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     for key in settings:
         # Each key becomes an attribute of the config object; one of a method's name would replace the method.
@@ -245,6 +251,8 @@ def _load_config(folder: Path, settings: Mapping[str, Any], architecture: Archit
             )
     try:
         with quiet_transformers():
+            if structure is not None:  # the file's model_type is none of transformers'
+                return CONFIG_MAPPING[architecture.model_type].from_dict(dict(settings))
             return AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=architecture.remote_code
             )

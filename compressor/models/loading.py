@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import InputRefused, OutOfResources
+from compressor.errors import InputRefused, OutOfResources, ReportedError
 from compressor.models.checkpoint import Checkpoint, first_line
 from compressor.models.quiet import quiet_transformers
+from compressor.models.structure import apply_structure
 
-__all__ = ["load_causal_lm", "refuse_unusable", "restore_float32_buffers"]
+__all__ = ["load_causal_lm", "plain_outline", "refuse_unusable", "restore_float32_buffers"]
 
 
 def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype, *, traceable: bool = False) -> Any:
@@ -28,13 +30,12 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype, *, traceable: boo
             the files do not fill the model.
         OutOfResources: E-MEMORY: the host's memory does not hold it.
     """
-    from transformers import AutoModelForCausalLM
-
     _refuse_far_larger(checkpoint)
     try:
         with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = _loader(checkpoint).from_pretrained(
                 checkpoint.folder,
+                config=copy.deepcopy(checkpoint.config) if checkpoint.structure is not None else None,
                 dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,
@@ -129,15 +130,57 @@ def _return_logits_alone(config: Any) -> None:
         config.output_router_logits = False  # for a training loss, which wants the routers of all blocks
 
 
+def plain_outline(checkpoint: Checkpoint, widths: Mapping[str, int] | None = None) -> Any:
+    """The model that the config alone describes, without weights, on the meta device.
+
+    Args:
+        checkpoint: The model; its structure is left aside.
+        widths: Values of the config that are to be others.
+
+    Raises:
+        Exception: Whatever transformers raises for a config that it does not allow.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = checkpoint.config
+    if widths:
+        config = CONFIG_MAPPING[config.model_type].from_dict({**checkpoint.settings, **widths})
+    with torch.device("meta"), quiet_transformers():
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=checkpoint.architecture.remote_code
+        )
+
+
+def _outline(checkpoint: Checkpoint) -> Any:
+    """The model without its weights, on the meta device."""
+    if checkpoint.structure is None:
+        return plain_outline(checkpoint)
+    with torch.device("meta"), quiet_transformers():
+        return _loader(checkpoint)(copy.deepcopy(checkpoint.config))
+
+
+def _loader(checkpoint: Checkpoint) -> Any:
+    """What builds the model: transformers' own class, or one whose modules have the structure's shapes."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    structure = checkpoint.structure
+    if structure is None:
+        return AutoModelForCausalLM
+    own: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(checkpoint.config)]
+
+    def build(model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        own.__init__(model, config, *args, **kwargs)
+        apply_structure(model, structure)
+
+    return type(own.__name__, (own,), {"__init__": build, "__module__": own.__module__})
+
+
 def _refuse_far_larger(checkpoint: Checkpoint) -> None:
     """Refuse a config that describes a model of another size before its memory is asked for."""
-    from transformers import AutoModelForCausalLM
-
     try:
-        with torch.device("meta"), quiet_transformers():
-            outline = AutoModelForCausalLM.from_config(
-                checkpoint.config, trust_remote_code=checkpoint.architecture.remote_code
-            )
+        model = _outline(checkpoint)
+    except ReportedError:
+        raise
     except Exception as error:  # each model class raises its own kind for a value that it does not know
         raise InputRefused(
             "E-CONFIG-INVALID",
@@ -145,7 +188,7 @@ def _refuse_far_larger(checkpoint: Checkpoint) -> None:
             f"{type(error).__name__}: {first_line(error)}",
             "fetch the model again",
         ) from None
-    described = sum(parameter.numel() for parameter in outline.parameters())
+    described = sum(parameter.numel() for parameter in model.parameters())
     stored = sum(tensor.numel for tensor in checkpoint.weights.tensors.values())
     # A factor of two leaves the precise refusals (missing tensors, other shapes) to the loading itself.
     if described > 2 * stored:

@@ -130,7 +130,7 @@ class CheckpointWriter:
         if all(block.is_plain for block in blocks):
             return settings
         structure = ModelStructure(
-            model_type=settings["model_type"], blocks_name=self._source.blocks_name, blocks=blocks
+            type_without=settings["model_type"], blocks_name=self._source.blocks_name, blocks=blocks
         )
         return with_structure(settings, structure)
 
