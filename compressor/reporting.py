@@ -21,17 +21,19 @@ from compressor.report.schema import (
     LoadFacts,
     ManifestFacts,
     PerplexityFacts,
+    TaskRow,
+    TaskScore,
     ValidationFacts,
     WeightRow,
 )
 from compressor.run.output import OutputPlan
 from exporters.encoding import summarize
 from exporters.manifest import Manifest, TensorRow
-from validators.checks import PERPLEXITY_KEYS, ValidationReport
+from validators.checks import PERPLEXITY_KEYS, TaskResult, ValidationReport
 
 _DISTRIBUTIONS = (
     "blockpress", "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-    "optimum", "safetensors", "tokenizers",
+    "optimum", "safetensors", "tokenizers", "lm_eval",
 )  # fmt: skip
 
 
@@ -88,6 +90,28 @@ def validation_facts(report: ValidationReport | None) -> ValidationFacts:
             for c in report.checks
         ),
     )
+
+
+def task_rows(report: ValidationReport) -> tuple[TaskRow, ...]:
+    """One row per metric of each task, with the scores of every model that it was run on."""
+    found: dict[tuple[str, str], dict[str, TaskResult]] = {}
+    for key, results in report.tasks.items():
+        for result in results:
+            found.setdefault((result.task, result.metric), {})[key] = result
+    rows = []
+    for (task, metric), by_model in found.items():
+        first = next(iter(by_model.values()))
+        scores = {key: TaskScore(value=one.value, stderr=one.stderr) for key, one in by_model.items()}
+        rows.append(
+            TaskRow(
+                task=task,
+                metric=metric,
+                documents=first.documents,
+                higher_is_better=first.higher_is_better,
+                **scores,
+            )
+        )
+    return tuple(rows)
 
 
 def manifest_facts(manifest: Manifest) -> ManifestFacts:

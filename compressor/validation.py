@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from compressor.errors import InputRefused, ReportedError
+from compressor.errors import InputRefused, ReportedError, UsageError
 from compressor.evaluation import Evaluation, evaluation_of, window_length
 from compressor.models.checkpoint import open_checkpoint, open_tokenizer
 from compressor.models.source import max_seqlen
@@ -24,11 +24,16 @@ from compressor.recipe import EvaluationRecipe, GatesRecipe, parse_recipe
 from compressor.report.schema import Report, read_report
 from compressor.run.output import OutputPlan, name_output
 from validators.checks import Gates, ValidationReport
-from validators.request import ValidationRequest
+from validators.request import DEFAULT_TIME_LIMIT_S, TaskRequest, ValidationRequest
 from validators.session import check_provider
+from validators.tasks import check_tasks
 from validators.validate import check_required, validate
 
 REFERENCE_FACTORY = "compressor.models.reference:load_reference"
+TOKENIZER_FACTORY = "compressor.models.reference:load_tokenizer"
+
+# Tasks are tens of thousands of runs of the model: two days guard against a hang, not against patience.
+_TASKS_TIME_LIMIT_S = 24 * DEFAULT_TIME_LIMIT_S
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,10 @@ def validate_export(
     gates: GatesRecipe | None = None,
     require: Sequence[str] = (),
     structure_only: bool = False,
+    lm_eval: bool = False,
+    tasks: Sequence[str] = (),
+    tasks_folder: str | Path | None = None,
+    tasks_limit: int | None = None,
     provider: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -81,6 +90,10 @@ def validate_export(
         gates: Limits; None takes the defaults.
         require: Names of checks that fail when they cannot be made.
         structure_only: Judge the file by itself.
+        lm_eval: Measure perplexity once more with lm-eval's own backend, if it is installed.
+        tasks: Zero-shot tasks of lm-eval to run on the ONNX model and on the reference.
+        tasks_folder: A folder of local tasks; code that their YAML files name is run.
+        tasks_limit: Documents per task; None: all.
         provider: Execution provider of ONNX Runtime.
         trust_remote_code: Allow code that comes with the reference.
         progress: Receives events.
@@ -90,6 +103,7 @@ def validate_export(
     """
     check_required(require)
     check_provider(provider)
+    _check_task_options(tasks, tasks_folder, tasks_limit)
     plan = _plan_of(Path(path))
     notices: list[str] = []
 
@@ -121,6 +135,8 @@ def validate_export(
         gates=gates or GatesRecipe(),
         require=require,
         structure_only=structure_only,
+        lm_eval=lm_eval,
+        tasks=_task_request(plan, folder, tasks, tasks_folder, tasks_limit, trust_remote_code),
         provider=provider,
         trust_remote_code=trust_remote_code,
     )
@@ -137,6 +153,8 @@ def run_validator(
     dense: Path | None = None,
     require: Sequence[str] = (),
     structure_only: bool = False,
+    lm_eval: bool = False,
+    tasks: TaskRequest | None = None,
     provider: str = "auto",
     trust_remote_code: bool = False,
 ) -> ValidationReport:
@@ -160,7 +178,10 @@ def run_validator(
             gates=gates_of(gates),
             require=tuple(require),
             structure_only=structure_only,
+            lm_eval=lm_eval,
+            tasks=tasks,
             provider=provider,
+            time_limit_s=DEFAULT_TIME_LIMIT_S if tasks is None else _TASKS_TIME_LIMIT_S,
         )
         return validate(request)
 
@@ -208,6 +229,51 @@ def _reference_folder(plan: OutputPlan, reference: str | Path | None, trust_remo
     return plan.hf if plan.hf is not None and plan.hf.is_dir() else None
 
 
+def _tokenizer_folder(plan: OutputPlan, reference: Path | None) -> Path | None:
+    """The model folder at hand: the reference's, or the export's own."""
+    places = (reference, plan.folder)
+    return next((place for place in places if place and (place / "config.json").is_file()), None)
+
+
+def _check_task_options(tasks: Sequence[str], folder: str | Path | None, limit: int | None) -> None:
+    """Refuse options of tasks without tasks, and tasks that cannot be loaded, before any work."""
+    if tasks:
+        check_tasks(folder)
+    elif folder is not None or limit is not None:
+        raise UsageError(
+            "E-TASKS-NONE", "a folder or limit of tasks was given, but no task", "name tasks with --tasks"
+        )
+
+
+def _task_request(
+    plan: OutputPlan,
+    reference: Path | None,
+    names: Sequence[str],
+    tasks_folder: str | Path | None,
+    limit: int | None,
+    trust_remote_code: bool,
+) -> TaskRequest | None:
+    """What the validator is told of the tasks; None without any."""
+    if not names:
+        return None
+    folder = _tokenizer_folder(plan, reference)
+    if folder is None:
+        raise InputRefused(
+            "E-TASKS-TOKENIZER",
+            "no model folder is at hand, so there is no tokenizer to run tasks with",
+            "give --reference FOLDER",
+        )
+    _, config = open_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return TaskRequest(
+        names=tuple(names),
+        tokenizer_factory=TOKENIZER_FACTORY,
+        tokenizer_arguments=_load_arguments(folder, trust_remote_code),
+        max_tokens=window_length(max_seqlen(config)),
+        folder=None if tasks_folder is None else str(Path(tasks_folder).absolute()),
+        limit=limit,
+    )
+
+
 def _windows(
     plan: OutputPlan,
     reference: Path | None,
@@ -217,9 +283,7 @@ def _windows(
     note: Callable[[str], None],
 ) -> Evaluation | None:
     """Windows of the text that was asked for, of the one that the report names, or of ``python-docs``."""
-    folder = next(
-        (place for place in (reference, plan.folder) if place and (place / "config.json").is_file()), None
-    )
+    folder = _tokenizer_folder(plan, reference)
     if folder is None:
         note("no model folder is at hand, so there is no tokenizer: parity and perplexity are not measured")
         return None

@@ -16,6 +16,7 @@ from compressor.reporting import (
     onnx_bytes,
     perplexity_facts,
     stage_seconds,
+    task_rows,
     validation_facts,
 )
 from compressor.validation import ValidationOutcome
@@ -38,6 +39,7 @@ def validation_document(outcome: ValidationOutcome) -> Report:
         sparsity=SparsityFacts() if recorded is None else recorded.sparsity,
         perplexity=perplexity_facts(found.perplexity, outcome.evaluation),
         validation=validation_facts(found),
+        tasks=task_rows(found),
         size=_size(outcome, manifest),
         versions=installed_versions(),
         load=load_facts(manifest, found),

@@ -126,6 +126,7 @@ def test_cli_validate_passes_its_options_on(terminal: Terminal, validator: Any, 
         "--reference r --dense d --eval_data t.txt --split test --max-eval-windows 2 --max-ppl-increase 15%"
     )
     more = "--structure-only --provider cuda --require masks --trust-remote-code"
+    more += " --lm-eval --tasks one,two --tasks-folder f --tasks-limit 5"
     assert terminal.run("validate", onnx, *arguments.split(), *more.split()).code == 0
     evaluation = EvaluationRecipe(source="t.txt", split="test", max_windows=2)
     call = calls[0]
@@ -141,6 +142,10 @@ def test_cli_validate_passes_its_options_on(terminal: Terminal, validator: Any, 
         "provider": "cuda",
         "require": ("masks",),
         "trust_remote_code": True,
+        "lm_eval": True,
+        "tasks": ("one", "two"),
+        "tasks_folder": "f",
+        "tasks_limit": 5,
     }
     terminal.run("validate", onnx)
     assert calls[1]["evaluation"].model_fields_set == set()

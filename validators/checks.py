@@ -22,7 +22,9 @@ CHECK_NAMES = (
     "parity-padded",
     "perplexity-drift",
     "perplexity-increase",
+    "lm-eval-perplexity",
 )
+OPTIONAL_CHECKS = frozenset({"lm-eval-perplexity"})  # made where asked for, not so much as skipped elsewhere
 PERPLEXITY_KEYS = ("dense", "pruned", "recovered", "onnx")
 
 
@@ -140,11 +142,43 @@ TOLERANCES: Mapping[str, Tolerance] = {
 
 
 @dataclass(frozen=True)
+class TaskResult:
+    """One metric of one task, or of a group of tasks.
+
+    Attributes:
+        task: lm-eval's name of it.
+        metric: Such as ``acc``; with the filter's name after a comma where the task filters answers.
+        value: The figure.
+        stderr: Its standard error; None where lm-eval gives none.
+        documents: Documents that it was measured on.
+        higher_is_better: None where lm-eval does not say.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    documents: int
+    higher_is_better: bool | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as a JSON object; figures that are not finite become null."""
+        figures = {name: _finite_or_none(getattr(self, name)) for name in ("value", "stderr")}
+        return {**dataclasses.asdict(self), **figures}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> TaskResult:
+        """The result that ``to_json`` wrote; a value of null comes back as NaN."""
+        value = math.nan if content["value"] is None else content["value"]
+        return cls(**{**content, "value": value})
+
+
+@dataclass(frozen=True)
 class ValidationReport:
     """What a validation found; its verdict is derived from the checks, never stored.
 
     Attributes:
-        checks: One per name of ``CHECK_NAMES``, in that order.
+        checks: One per name of ``CHECK_NAMES``, in that order; of ``OPTIONAL_CHECKS`` those asked for.
         perplexity: By ``PERPLEXITY_KEYS``; None where it was not measured.
         provider: The execution provider that really ran; None where no session was opened.
         compute_dtype: The type that the graph computes in; it chose the tolerances.
@@ -152,6 +186,7 @@ class ValidationReport:
         timings: Seconds (``*_s``) and bytes (``*_bytes``) by name: ``load_s`` and ``load_rss_bytes`` are what
             opening the file in ONNX Runtime took and how much resident memory it added.
         notices: What the user should know that is no check.
+        tasks: Results of lm-eval tasks by ``PERPLEXITY_KEYS`` of the model that they were run on.
     """
 
     checks: tuple[Check, ...]
@@ -161,6 +196,7 @@ class ValidationReport:
     first_divergence: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    tasks: Mapping[str, tuple[TaskResult, ...]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -195,6 +231,7 @@ class ValidationReport:
             "first_divergence": self.first_divergence,
             "timings": {name: _finite_or_none(value) for name, value in self.timings.items()},
             "notices": list(self.notices),
+            "tasks": {key: [result.to_json() for result in results] for key, results in self.tasks.items()},
         }
 
     @classmethod
@@ -208,6 +245,10 @@ class ValidationReport:
             first_divergence=content["first_divergence"],
             timings=dict(content["timings"]),
             notices=tuple(content["notices"]),
+            tasks={
+                key: tuple(TaskResult.from_json(result) for result in results)
+                for key, results in content["tasks"].items()
+            },
         )
 
 

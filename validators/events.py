@@ -11,7 +11,8 @@ class ValidationProgress:
     """How far a stage is. ``total`` is 0 where it cannot be told.
 
     Attributes:
-        stage: "manifest", "structure", "load", "parity", "perplexity", "reference", "divergence" or "dense".
+        stage: "manifest", "structure", "tasks", "load", "parity", "perplexity", "tasks-onnx", "lm-eval",
+            "reference", "tasks-recovered", "divergence" or "dense".
         done: Steps done.
         total: Steps in all.
     """

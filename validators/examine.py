@@ -22,6 +22,7 @@ from validators.checks import (
     PERPLEXITY_KEYS,
     TOLERANCES,
     Check,
+    TaskResult,
     Tolerance,
     ValidationReport,
     complete,
@@ -30,6 +31,8 @@ from validators.checks import (
 from validators.errors import ValidationError, ValidationUsageError
 from validators.events import OnProgress, ValidationProgress, ignore
 from validators.gates import drift_check, implied_requirements, increase_check
+from validators.harness import CHECK_NAME as HARNESS_CHECK
+from validators.harness import agreement_check
 from validators.integrity import check_unchanged
 from validators.parity import (
     ParityCase,
@@ -43,6 +46,7 @@ from validators.reference import Floats, Ids, Reference
 from validators.request import ValidationRequest
 from validators.session import Session
 from validators.structure import Structure, examine_structure
+from validators.tasks import LoadedTasks, evaluate_tasks, load_tasks
 
 _PARITY_NAMES = ("parity-prefill", "parity-decode", "parity-padded")
 
@@ -59,7 +63,9 @@ def examine(request: ValidationRequest, on_progress: OnProgress = ignore) -> Val
         work.load(structure)
         work.skip_running("only the structure was asked for")
     else:
+        work.load_tasks()
         runs = work.run_onnx(structure)
+        work.cross_check(structure)
         failed = work.compare(runs)
         if failed is not None:
             work.locate(structure, failed)
@@ -97,6 +103,8 @@ class _Examination:
     provider: str | None = None
     compute_dtype: str | None = None
     first_divergence: str | None = None
+    tasks: dict[str, tuple[TaskResult, ...]] = field(default_factory=dict)
+    _loaded_tasks: LoadedTasks | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.perplexity = {key: self.request.known_perplexity.get(key) for key in PERPLEXITY_KEYS}
@@ -119,8 +127,15 @@ class _Examination:
         self.notices.extend(session.notices)
         return session
 
+    def load_tasks(self) -> None:
+        """Read the documents of the tasks, if any: what is wrong with them is said before any model runs."""
+        asked = self.request.tasks
+        if asked is not None:
+            with self._stage("tasks"):
+                self._loaded_tasks = load_tasks(asked.names, asked.folder)
+
     def run_onnx(self, structure: Structure) -> _Runs:
-        """Logits of the parity cases, and the perplexity, of the ONNX model; closed again afterwards."""
+        """Parity logits, perplexity and task results of the ONNX model; closed again afterwards."""
         model = CausalLM(self.load(structure))
         self.compute_dtype = model.compute_dtype(structure.stored_dtype)
         runs = _Runs(self._parity_logits(model))
@@ -128,19 +143,32 @@ class _Examination:
         if windows is not None:
             with self._stage("perplexity"):
                 self.perplexity["onnx"] = self._perplexity(model.logits, windows, "perplexity")
+        self._run_tasks("onnx", model)
         del model
         gc.collect()
         return runs
+
+    def cross_check(self, structure: Structure) -> None:
+        """Compare the ONNX perplexity with lm-eval's, where that is asked for."""
+        if not self._asks_harness:
+            return
+        windows = self._windows(self.request.windows_path)
+        with self._stage("lm-eval"):
+            check = agreement_check(
+                structure.model_path, windows, self.perplexity["onnx"], self.provider or "", self.on_progress
+            )
+        self.checks.append(check)
 
     def compare(self, runs: _Runs) -> _Failed | None:
         """Judge parity, and measure the reference's perplexity where it is not known."""
         windows = self._windows(self.request.windows_path)
         measure = windows is not None and self.perplexity["recovered"] is None
-        if self.request.reference_factory is None or not (runs.logits or measure):
+        wanted = bool(runs.logits) or measure or self._loaded_tasks is not None
+        if self.request.reference_factory is None or not wanted:
             return None
         failed = None
         with self._stage("reference"):
-            reference = _make(self.request.reference_factory, self.request.reference_arguments)
+            reference: Reference = _make(self.request.reference_factory, self.request.reference_arguments)
             for case, found in runs.logits:
                 check = judge(
                     case, run_reference(reference, case), found, self._tolerance, self.request.gates
@@ -150,8 +178,9 @@ class _Examination:
                     failed = _Failed(case, reference.block_outputs(case.ids, case.attention_mask))
             if windows is not None and measure:
                 self.perplexity["recovered"] = self._perplexity(reference.logits, windows, "reference")
-            del reference
-            gc.collect()
+        self._run_tasks("recovered", reference)
+        del reference
+        gc.collect()
         return failed
 
     def locate(self, structure: Structure, failed: _Failed) -> None:
@@ -177,7 +206,7 @@ class _Examination:
         if self.request.dense_factory is None or windows is None or self.perplexity["dense"] is not None:
             return
         with self._stage("dense"):
-            dense = _make(self.request.dense_factory, self.request.dense_arguments)
+            dense: Reference = _make(self.request.dense_factory, self.request.dense_arguments)
             self.perplexity["dense"] = self._perplexity(dense.logits, windows, "dense")
             del dense
             gc.collect()
@@ -189,7 +218,8 @@ class _Examination:
 
     def skip_running(self, why: str) -> None:
         """Skip every check that runs the model."""
-        for name in (*_PARITY_NAMES, "perplexity-drift", "perplexity-increase"):
+        asked = (HARNESS_CHECK,) if self._asks_harness else ()
+        for name in (*_PARITY_NAMES, "perplexity-drift", "perplexity-increase", *asked):
             self.checks.append(skipped(name, why))
 
     def report(self) -> ValidationReport:
@@ -203,7 +233,12 @@ class _Examination:
             first_divergence=self.first_divergence,
             timings=self.timings,
             notices=tuple(self.notices),
+            tasks=self.tasks,
         )
+
+    @property
+    def _asks_harness(self) -> bool:
+        return self.request.lm_eval or HARNESS_CHECK in self.request.require
 
     @property
     def _tolerance(self) -> Tolerance:
@@ -224,6 +259,26 @@ class _Examination:
                 logits.append((case, run_onnx(model, case)))
                 self.on_progress(ValidationProgress("parity", done, len(cases)))
         return logits
+
+    def _run_tasks(self, key: str, model: CausalLM | Reference) -> None:
+        """Note what the tasks, if any, give on this model, under ``key`` of ``PERPLEXITY_KEYS``."""
+        asked = self.request.tasks
+        if asked is None or self._loaded_tasks is None:
+            return
+        stage = f"tasks-{key}"
+
+        def on_request(done: int, total: int) -> None:
+            self.on_progress(ValidationProgress(stage, done, total))
+
+        with self._stage(stage):
+            self.tasks[key] = evaluate_tasks(
+                model,
+                _make(asked.tokenizer_factory, asked.tokenizer_arguments),
+                self._loaded_tasks,
+                limit=asked.limit,
+                max_tokens=asked.max_tokens,
+                on_request=on_request,
+            )
 
     def _perplexity(self, logits_of: Any, windows: Ids, stage: str) -> float:
         from validators.perplexity import measure_perplexity  # it imports torch, after the load was measured
@@ -264,11 +319,10 @@ def read_windows(path: Path) -> Ids:
     return ids
 
 
-def _make(factory: str, arguments: Mapping[str, Any]) -> Reference:
-    """The model that the "module:function" returns."""
+def _make(factory: str, arguments: Mapping[str, Any]) -> Any:
+    """The model or tokenizer that the "module:function" returns."""
     module, _, function = factory.partition(":")
-    made: Reference = getattr(importlib.import_module(module), function)(**arguments)
-    return made
+    return getattr(importlib.import_module(module), function)(**arguments)
 
 
 def _windows_error(path: Path, what: str) -> ValidationUsageError:

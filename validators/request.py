@@ -14,6 +14,33 @@ DEFAULT_TIME_LIMIT_S = 7200.0
 
 
 @dataclass(frozen=True)
+class TaskRequest:
+    """Zero-shot tasks of lm-eval to run on the ONNX model and on the reference.
+
+    Attributes:
+        names: Tasks, groups or tags.
+        tokenizer_factory: "module:function" that returns the model's tokenizer; called in the child with
+            ``tokenizer_arguments``.
+        tokenizer_arguments: Keyword arguments of the factory, JSON-able.
+        max_tokens: Tokens that the model takes at once.
+        folder: A folder of local tasks.
+        limit: Documents per task; None: all.
+    """
+
+    names: tuple[str, ...]
+    tokenizer_factory: str
+    tokenizer_arguments: Mapping[str, Any]
+    max_tokens: int
+    folder: str | None = None
+    limit: int | None = None
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> TaskRequest:
+        """The request that ``dataclasses.asdict`` wrote."""
+        return cls(**{**content, "names": tuple(content["names"])})
+
+
+@dataclass(frozen=True)
 class ValidationRequest:
     """One validation. Paths are strings; relative ones are taken from the current directory of the caller.
 
@@ -33,6 +60,8 @@ class ValidationRequest:
         dense_arguments: Keyword arguments of ``dense_factory``.
         gates: Limits that differ from the defaults.
         require: Names of checks that must not be skipped.
+        lm_eval: Measure perplexity once more with lm-eval's own backend; so does its check among ``require``.
+        tasks: Tasks to run; None: none.
         structure_only: Judge the file by itself, without parity and perplexity.
         provider: "auto" (CUDA where it works, else CPU), or an execution provider's name, such as
             "CPUExecutionProvider", "CPU" or "cuda".
@@ -53,6 +82,8 @@ class ValidationRequest:
     dense_arguments: Mapping[str, Any] = field(default_factory=dict)
     gates: Gates = field(default_factory=Gates)
     require: tuple[str, ...] = ()
+    lm_eval: bool = False
+    tasks: TaskRequest | None = None
     structure_only: bool = False
     provider: str = "auto"
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
@@ -65,5 +96,9 @@ class ValidationRequest:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ValidationRequest:
         """The request that ``to_json`` wrote."""
-        gates = Gates(**content["gates"])
-        return cls(**{**content, "gates": gates, "require": tuple(content["require"])})
+        parts = {
+            "gates": Gates(**content["gates"]),
+            "require": tuple(content["require"]),
+            "tasks": None if content["tasks"] is None else TaskRequest.from_json(content["tasks"]),
+        }
+        return cls(**{**content, **parts})

@@ -29,6 +29,7 @@ from validators.errors import (
 )
 from validators.events import OnProgress, ValidationProgress, ignore
 from validators.request import ValidationRequest
+from validators.tasks import check_tasks
 
 _POLL_S = 0.1
 _STDERR_TAIL_BYTES = 20_000
@@ -47,7 +48,8 @@ def validate(request: ValidationRequest, on_progress: OnProgress | None = None) 
 
     Raises:
         ValidationUsageError: E-VALIDATE-NOTHING: nothing to compare with and not ``structure_only``;
-            E-CHECK-NAME, E-VALIDATE-PATTERN: the request names what there is not.
+            E-CHECK-NAME, E-VALIDATE-PATTERN, E-TASKS-FOLDER: the request names what there is not;
+            E-TASKS-STRUCTURE.
         ReportedError: Whatever the examination refused, with its own id and exit code.
         ValidationError: E-VALIDATE-CRASHED: native code crashed on the file.
         ValidationResourceError: E-VALIDATE-MEMORY, E-VALIDATE-TIMEOUT.
@@ -82,9 +84,18 @@ def check_request(request: ValidationRequest) -> None:
         raise ValidationUsageError(
             "E-VALIDATE-PATTERN", f"a pattern is N:M, got {request.pattern!r}", "give a pattern such as 2:4"
         )
+    if request.tasks is not None:
+        if request.structure_only:
+            raise ValidationUsageError(
+                "E-TASKS-STRUCTURE",
+                "tasks run the model, which --structure-only leaves out",
+                "give one of the two",
+            )
+        check_tasks(request.tasks.folder)
     known = request.known_perplexity.get("recovered") is not None and request.windows_path is not None
     sources = (request.reference_factory, request.masks_path, request.manifest_path)
-    if not (known or any(sources) or request.structure_only):
+    asked = request.structure_only or request.lm_eval or request.tasks is not None
+    if not (known or any(sources) or asked):
         raise ValidationUsageError(
             "E-VALIDATE-NOTHING",
             f"{request.model_path}: nothing to compare with: no reference, no masks, no manifest",

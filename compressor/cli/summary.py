@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compressor.cli.tasks import task_table
 from compressor.cli.terminal import bold_green, bold_red, bold_yellow, printable
 from compressor.cli.wording import labelled
 from compressor.report.units import MISSING, byte_size, duration, number, percent
@@ -99,6 +100,8 @@ def summarise_validation(
     lines = _check_lines(validation["checks"])
     if any(report["perplexity"].get(key) is not None for key, _ in VERSIONS):
         lines += ["", *_perplexity_table(report)]
+    if report.get("tasks"):
+        lines += ["", *task_table(report["tasks"])]
     lines.append("")
     if validation.get("first_divergence"):
         lines.append(labelled("diverges", validation["first_divergence"]))

@@ -10,6 +10,7 @@ import click
 from compressor.cli import options
 from compressor.cli.run import GATE_FAILED
 from compressor.cli.sections import SectionedCommand
+from compressor.cli.tasks import task_options
 
 
 @click.command(
@@ -31,6 +32,13 @@ from compressor.cli.sections import SectionedCommand
 )
 @options.settings(options.EVALUATION, options.EVALUATION_DATASET, options.GATES)
 @options.validation_options
+@options.flag(
+    "Validation",
+    "--lm-eval",
+    is_flag=True,
+    help="Measure perplexity once more with lm-eval-harness's own onnxruntime backend.",
+)
+@task_options
 @options.flag("Other", "--report", "report_path", metavar="PATH", help="Write PATH.json and PATH.html.")
 @options.talk_options
 def command(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor.models.checkpoint import open_checkpoint
+from compressor.models.checkpoint import open_checkpoint, open_tokenizer
 from compressor.models.loading import load_causal_lm
 from compressor.models.quiet import quiet_transformers
 from exporters.probe import find_blocks
 from validators.reference import Floats, Ids, Reference, position_ids
 
-__all__ = ["TorchReference", "load_reference"]
+__all__ = ["TorchReference", "load_reference", "load_tokenizer"]
 
 
 class TorchReference:
@@ -78,3 +80,12 @@ def load_reference(folder: str, trust_remote_code: bool = False, device: str = "
     """
     checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
     return TorchReference(load_causal_lm(checkpoint, torch.float32), torch.device(device))
+
+
+def load_tokenizer(folder: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model's folder, which may be without weights.
+
+    Raises:
+        InputRefused: There is none, or it cannot be read.
+    """
+    return open_tokenizer(Path(folder), trust_remote_code=trust_remote_code)[0]

@@ -36,6 +36,7 @@ def render_html(report: Report) -> str:
         measure=units.measure,
         bytes=units.byte_size,
         percent=units.percent,
+        score=units.score,
         duration=units.duration,
     )
     with drawing():

@@ -140,6 +140,24 @@ class ValidationFacts(_Part):
         return self
 
 
+class TaskScore(_Part):
+    """What one model scored; ``stderr`` is the standard error, None where lm-eval gives none."""
+
+    value: float
+    stderr: float | None = None
+
+
+class TaskRow(_Part):
+    """One metric of one zero-shot task of lm-eval, on the ONNX model and on the PyTorch sparse model."""
+
+    task: str
+    metric: str
+    documents: int
+    higher_is_better: bool | None = None
+    onnx: TaskScore | None = None
+    recovered: TaskScore | None = None
+
+
 class EncodingBytes(_Part):
     """What one encoding holds: tensors, bytes in the files, bytes that the same tensors take dense."""
 
@@ -234,6 +252,7 @@ class Report(_Part):
     perplexity: PerplexityFacts = PerplexityFacts()
     calibration: CalibrationFacts | None = None
     validation: ValidationFacts = ValidationFacts()
+    tasks: tuple[TaskRow, ...] = ()
     size: SizeFacts = SizeFacts()
     load: LoadFacts = LoadFacts()
     weights: tuple[WeightRow, ...] = ()

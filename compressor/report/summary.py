@@ -21,6 +21,7 @@ CHECK_MEANINGS = {
     "parity-padded": "the same, for a left-padded batch",
     "perplexity-drift": "perplexity in ONNX Runtime equals PyTorch's",
     "perplexity-increase": "perplexity against the dense model",
+    "lm-eval-perplexity": "perplexity on the same tokens by lm-eval-harness's own ONNX Runtime backend",
 }
 
 

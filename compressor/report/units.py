@@ -70,6 +70,14 @@ def change(value: float | None, reference: float | None) -> str | None:
     return f"×{number(ratio, 4)}" if ratio >= 10 else f"{100 * (ratio - 1):+.1f} %".replace("-", "−")
 
 
+def score(value: float | None, stderr: float | None) -> str:
+    """A task's figure with its standard error: ``0.7512 ± 0.0121``."""
+    if value is None or not math.isfinite(value):
+        return number(value)
+    error = "" if stderr is None else f" ± {number(stderr) if stderr >= 1 else f'{stderr:.4f}'}"
+    return (f"{value:.4f}" if abs(value) <= 1 else number(value)).replace("-", "−") + error
+
+
 def duration(elapsed_s: float | None) -> str:
     """Seconds as ``7 min 12 s``, ``3 h 4 min`` or ``0.42 s``."""
     if elapsed_s is None or not math.isfinite(elapsed_s):
