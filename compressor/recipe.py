@@ -38,19 +38,45 @@ class FlapRecipe(_Section):
     uniform: bool = False  # as many heads and neurons in every layer, no new biases: loads in stock transformers
 
 
+class AdmmRecipe(_Section):
+    """ADMM pruning, as published (arXiv 2401.02938)."""
+
+    damping: Positive = 0.1  # share of the mean diagonal of the scaled Hessian added to it
+    penalty: Positive = 1.0  # ρ
+    iterations: Count = 20
+    mask_iterations: Count = 15  # the first of them, in which the mask grows to the sparsity
+
+    @model_validator(mode="after")
+    def _mask_is_finished(self) -> AdmmRecipe:
+        if self.mask_iterations > self.iterations:
+            raise ValueError("mask_iterations must be at most iterations")
+        return self
+
+
+class AlpsRecipe(_Section):
+    """ALPS, as published (arXiv 2406.07831)."""
+
+    damping: Positive = 0.01  # share of the mean Hessian diagonal added to it
+    penalty: Positive = 0.1  # ρ at first
+    max_iterations: Count = 300
+    cg_iterations: Count = 10  # conjugate gradients on the support that was found
+
+
 class PruningRecipe(_Section):
     """Which weights become zero.
 
     ``sparsity`` and ``pattern`` exclude each other; the run needs one of them.
     """
 
-    method: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
+    method: Literal["magnitude", "wanda", "sparsegpt", "admm", "alps"] = "wanda"
     sparsity: Share | None = None
     pattern: Annotated[str, Field(pattern=r"^\s*\d{1,6}:\d{1,6}\s*$")] | None = None
-    update_weights: bool = True  # SparseGPT's own weight update; the other pruners have none
+    update_weights: bool = True  # of SparseGPT, ADMM and ALPS; the others have no update
     ignore: tuple[str, ...] = ()  # beyond lm_head and embeddings, which are never pruned
     column_block: Count = 128  # SparseGPT: columns per saliency block
     damping: Positive = 0.01  # SparseGPT: share of the mean Hessian diagonal added to it
+    admm: AdmmRecipe = AdmmRecipe()
+    alps: AlpsRecipe = AlpsRecipe()
     flap: FlapRecipe = FlapRecipe()
 
     @model_validator(mode="after")

@@ -56,7 +56,7 @@ PRUNING = Section(
         Setting(
             "--pruner",
             "pruning.method",
-            click.Choice(["magnitude", "wanda", "sparsegpt"]),
+            click.Choice(["magnitude", "wanda", "sparsegpt", "admm", "alps"]),
             "How the weights that go are chosen.",
         ),
         Setting(

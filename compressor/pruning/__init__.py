@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from compressor.pruning.admm import ADMM
+from compressor.pruning.alps import ALPS
 from compressor.pruning.magnitude import Magnitude
 from compressor.pruning.pruner import Pruned, Pruner, check_pattern
 from compressor.pruning.sparsegpt import SparseGPT
@@ -13,4 +15,6 @@ PRUNERS: dict[str, Pruner] = {
     "magnitude": Magnitude(),
     "wanda": Wanda(),
     "sparsegpt": SparseGPT(),
+    "admm": ADMM(),
+    "alps": ALPS(),
 }
