@@ -76,7 +76,7 @@ class ADMM:
 def alternate(
     W: Tensor, A: Tensor, inverse: Tensor, penalty: float, iterations: int, choose: Choose
 ) -> tuple[Tensor, Mask]:
-    """Sparse weights and their mask, both (out, in), after ``iterations`` of section 3's algorithm 1.
+    """Sparse weights and their mask, both (out, in), after ``iterations`` rounds.
 
     V <- M * (W + U);  U <- U + W - V;  W <- (W_dense A + penalty (V - U)) inverse.
 
@@ -104,9 +104,9 @@ def alternate(
 def gradual_choice(pattern: SparsityPattern, mask_iterations: int, dead: Tensor) -> Choose:
     """Keeps the highest of the whole matrix; the share pruned grows to ``pattern``'s, then the mask stays.
 
-    Section 3.3: s_t = s - s (1 - t / k)^3 in iteration t = 1 ... k (the published code prunes by s from the
-    start where the whole matrix is compared). For N:M the pruned are the lowest among those that the
-    groups would lose, so that the last of them go in iteration k.
+    The paper's cubic schedule: s_t = s - s (1 - t / k)^3 in iteration t = 1 ... k (the published code prunes
+    by s from the start where the whole matrix is compared). For N:M the pruned are the lowest among those
+    that the groups would lose, so that the last of them go in iteration k.
 
     Args:
         pattern: What to reach.

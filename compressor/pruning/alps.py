@@ -81,7 +81,7 @@ def find_support(
     dead: Tensor,
     settings: AlpsRecipe,
 ) -> tuple[Tensor, Mask]:
-    """Sparse weights and their mask, both (out, in): section 3.1's iteration with its scheme for ρ.
+    """Sparse weights and their mask, both (out, in): the paper's iteration with its scheme for ρ.
 
     B <- (W A - dual + ρ D) (A + ρ)^-1;  D <- the largest of B + dual / ρ;  dual <- dual + ρ (B - D).
 

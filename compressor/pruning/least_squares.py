@@ -118,7 +118,7 @@ def conjugate_gradients(
 ) -> Tensor:
     """``V`` (out, in) nearer to A_SS v_S = b_S in each row; all rows at once, each with its own step lengths.
 
-    Preconditioned with the diagonal, as ALPS' last step (arXiv 2406.07831, section 3.3); the rows need one product
+    Preconditioned with the diagonal, as ALPS' last step (arXiv 2406.07831); the rows need one product
     with ``A`` per iteration between them.
 
     Args:
