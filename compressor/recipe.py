@@ -127,6 +127,12 @@ class DsnotRecipe(_Section):
     skip: tuple[str, ...] = ("*.mlp", "*.fc1", "*.fc2")  # what keeps the pruner's mask: globs, as in ignore
 
 
+class EbftMaskRecipe(_Section):
+    """The mask tuning that EBFT's paper compares with (arXiv 2402.12419); all else as for ebft."""
+
+    lr: Positive = 2e-2  # of the scores, where recovery.lr is auto
+
+
 class LoraRecipe(_Section):
     """Plain LoRA, which fills zeros as it is merged; rank to lr as in Wanda's lora_ft (arXiv 2306.11695)."""
 
@@ -180,7 +186,9 @@ class NormsRecipe(_Section):
 class _RecoveryMethod(_Section):
     """The first keys of ``RecoveryRecipe``: bases come in this order, so that they stand first in a file."""
 
-    method: Literal["ebft", "dsnot", "none", "lora", "masked-lora", "spp", "squarehead", "norms"] = "ebft"
+    method: Literal[
+        "ebft", "dsnot", "ebft-mask", "none", "lora", "masked-lora", "spp", "squarehead", "norms"
+    ] = "ebft"
     targets: Literal["block", "model"] = (
         "model"  # the dense block on the same inputs, or the dense model's own activations
     )
@@ -193,6 +201,7 @@ class RecoveryRecipe(TrainingRecipe, _RecoveryMethod):
 
     probe: LearningRateProbe = LearningRateProbe()
     dsnot: DsnotRecipe = DsnotRecipe()
+    ebft_mask: EbftMaskRecipe = EbftMaskRecipe()
     # End-to-end methods; where recovery.lr is auto, their own lr counts
     lora: LoraRecipe = LoraRecipe()
     masked_lora: MaskedLoraRecipe = MaskedLoraRecipe()

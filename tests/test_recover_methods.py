@@ -13,11 +13,15 @@ from compressor import compress
 
 HALF, TWO_OF_FOUR = {"pruning__sparsity": 0.5}, {"pruning__pattern": "2:4"}
 DSNOT = {"recovery__method": "dsnot", "recovery__dsnot": {"skip": [], "update_threshold": 0.0}}
+EBFT_MASK = {"recovery__method": "ebft-mask", "recovery__lr": 0.5}  # few steps, so that long ones are needed
 RUNS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", DSNOT, HALF),
     ("gpt2", DSNOT, TWO_OF_FOUR),
     ("qwen3_moe", DSNOT, HALF),
     ("qwen3_moe", DSNOT, TWO_OF_FOUR),
+    ("llama", EBFT_MASK, TWO_OF_FOUR),
+    ("gpt2", EBFT_MASK, HALF),
+    ("qwen3_moe", EBFT_MASK, HALF),
 ]
 
 

@@ -76,7 +76,9 @@ RECOVERY = Section(
         Setting(
             "--recovery",
             "recovery.method",
-            click.Choice(["ebft", "dsnot", "none", "lora", "masked-lora", "spp", "squarehead", "norms"]),
+            click.Choice(
+                ["ebft", "dsnot", "ebft-mask", "none", "lora", "masked-lora", "spp", "squarehead", "norms"]
+            ),
             "How kept weights are repaired: block by block, or (from lora on) all blocks together.",
         ),
         Setting("--epochs", "recovery.epochs", int, "Passes over the calibration windows per block."),

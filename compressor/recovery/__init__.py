@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import nn
 
 from compressor.recipe import RecoveryRecipe
-from compressor.recovery import dsnot, ebft
+from compressor.recovery import dsnot, ebft, ebft_mask
 from compressor.recovery.block_io import BlockIO, Repaired
 from compressor.sparsity import Mask
 
@@ -37,5 +37,6 @@ class BlockRecovery(Protocol):
 RECOVERIES: dict[str, BlockRecovery | None] = {
     "ebft": ebft.repair,
     "dsnot": dsnot.repair,
+    "ebft-mask": ebft_mask.repair,
     "none": None,
 }

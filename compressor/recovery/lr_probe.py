@@ -117,7 +117,11 @@ class LearningRateProbe:
 
 def rate_of(recipe: RecoveryRecipe) -> float | Literal["auto"]:
     """The learning rate of the recipe's method; ``auto`` where trials choose it, 0 where nothing is trained."""
-    return 0.0 if recipe.method == "dsnot" else recipe.lr
+    if recipe.method == "dsnot":
+        return 0.0
+    if recipe.method == "ebft-mask" and recipe.lr == "auto":
+        return recipe.ebft_mask.lr
+    return recipe.lr
 
 
 def climb(start: int, candidates: Sequence[int], score: Callable[[int], float]) -> int:
