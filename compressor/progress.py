@@ -95,6 +95,32 @@ class FinetuningFinished:
 
 
 @dataclass(frozen=True)
+class CellProgress:
+    """Where cell ``number`` of a comparison is; ``left_s`` for all cells, None before one is done."""
+
+    number: int
+    total: int
+    label: str
+    detail: str = ""
+    left_s: float | None = None
+
+
+@dataclass(frozen=True)
+class CellFinished:
+    """A cell of a comparison is measured: its perplexity and the pruned model's, or the id and message of its error."""
+
+    number: int
+    total: int
+    label: str
+    elapsed_s: float
+    pruned: float | None = None
+    recovered: float | None = None
+    error_id: str | None = None
+    error: str | None = None
+    left_s: float | None = None
+
+
+@dataclass(frozen=True)
 class StageStarted:
     """A stage begins: "open", "recovery" or "finish" where they are end to end, "export", "validate", "publish"."""
 
@@ -118,6 +144,8 @@ Event = (
     | BlockFinished
     | FinetuningProgress
     | FinetuningFinished
+    | CellProgress
+    | CellFinished
     | StageStarted
     | Notice
 )

@@ -29,9 +29,10 @@ def figures(pruned: float, recovered: float, *, recovery_s: float = 0.0, text: s
     """What a cell measured, on one text."""
     trained = recovery_s > 0
     return Figures(
+        recipe_sha256="ab" * 32,
         perplexity={text: TextPerplexity(dense=DENSE, pruned=pruned, recovered=recovered)},
         sparsity=0.5,
-        losses=Losses(heldout_before=0.1, heldout=0.02, calibration=0.015) if trained else None,
+        losses=Losses(unit="share", heldout_before=0.1, heldout=0.02, calibration=0.015) if trained else None,
         seconds=Seconds(pruning=2.0, recovery=recovery_s, cell=recovery_s + 4.0),
         peak_memory_bytes=PeakMemory(host=700_000_000),
         trained_parameters=555_000 if trained else None,
@@ -49,7 +50,6 @@ def cell(pruner: str, target: str, recovery: str, found: Figures | None = None, 
         target_sparsity=share,
         figures=found,
         masks="shared",
-        recipe_sha256="ab" * 32,
         fingerprint="cd" * 32,
         **changes,
     )

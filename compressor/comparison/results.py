@@ -56,14 +56,16 @@ class Seconds(_Part):
 
 
 class Losses(_Part):
-    """How well blocks were repaired, to see over-fitting: shares of the targets' mean square, averaged over blocks.
+    """How well the recovery did by what it minimises, to see over-fitting.
 
     Attributes:
+        unit: What is minimised; block by block it is the squared error as a share of the targets' mean square.
         heldout_before: Held-out windows, before the repair.
         heldout: Held-out windows, the weights that were kept.
         calibration: Calibration windows, the last epoch; None for a method that does not train.
     """
 
+    unit: str
     heldout_before: float
     heldout: float
     calibration: float | None = None
@@ -82,8 +84,10 @@ class BlockFigures(_Part):
 
 
 class FinishFigures(_Part):
-    """The end-to-end stage: held-out loss before and after in nats per token, its learning rate, steps."""
+    """The end-to-end stage: its loss on held-out windows before and after, its learning rate, steps."""
 
+    method: str
+    loss: str
     heldout_before: float
     heldout: float
     calibration: float | None = None
@@ -93,8 +97,9 @@ class FinishFigures(_Part):
 
 
 class Figures(_Part):
-    """What one cell measured. ``perplexity`` is by the name of the text."""
+    """What one cell measured; ``perplexity`` is by the name of the text, its recipe's digest is ``compress run``'s."""
 
+    recipe_sha256: str
     perplexity: dict[str, TextPerplexity]
     sparsity: float
     losses: Losses | None = None
@@ -119,7 +124,6 @@ class CellRow(_Part):
         variant: Its settings' name; "" without variants.
         settings: Recipe settings that the cell adds to those of the whole grid.
         masks: Whether it started from the shared pruned model or pruned along its own repaired blocks.
-        recipe_sha256: Digest of its recipe, as in the report of ``compress run``.
         fingerprint: Digest of all that decides its figures; names its file in the state folder.
     """
 
@@ -131,7 +135,6 @@ class CellRow(_Part):
     variant: str = ""
     settings: dict[str, Any] = {}
     masks: Literal["shared", "own"] = "own"
-    recipe_sha256: str | None = None
     fingerprint: str | None = None
     figures: Figures | None = None
     failure: CellFailure | None = None

@@ -141,7 +141,7 @@ def _csv_row(cell: CellRow, text: str) -> Iterator[object]:
         yield figures.trained_parameters
         yield from (seconds.pruning, seconds.recovery, seconds.finish, seconds.method, seconds.cell)
         yield from (figures.peak_memory_bytes.host, figures.peak_memory_bytes.device)
-    yield cell.recipe_sha256
+    yield figures.recipe_sha256 if figures is not None else None
     yield from (failure.error_id, failure.message) if failure else (None, None)
 
 
@@ -221,16 +221,8 @@ def _columns(texts: Sequence[str]) -> Iterator[str]:
     for text in texts:
         suffix = f" on {text}" if len(texts) > 1 else ""
         yield from (f"pruned{suffix}", f"recovered{suffix}", f"gap closed{suffix}")
-    yield from (
-        "zeros",
-        "held-out loss",
-        "calibration loss",
-        "learning rate",
-        "trained",
-        "pruning",
-        "recovery",
-    )
-    yield from ("finish", "host peak", "device peak")
+    yield from ("zeros", "held-out loss", "calibration loss", "learning rate", "trained")
+    yield from ("pruning time", "recovery time", "finish time", "host peak", "device peak")
 
 
 def _words(cell: CellRow, texts: Sequence[str]) -> tuple[str, ...]:

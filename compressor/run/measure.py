@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -30,6 +31,12 @@ class Measure:
 
 def peak_host_bytes() -> int | None:
     """Largest resident memory of this process so far; None where the system does not tell."""
+    try:  # Linux; getrusage would count the parent's memory too, of which a child is a copy until it loads its program
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
     try:
         import resource
     except ImportError:  # Windows

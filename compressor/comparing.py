@@ -1,0 +1,202 @@
+"""A comparison, from a model and a grid to a table; reads like a table of contents.
+
+Nothing here prints, exits or sets up logging: progress goes to a callback, the result comes back as an object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compressor.calibration.tokens import refuse_tokenizer_beyond
+from compressor.comparison.cells import cells_of
+from compressor.comparison.fingerprint import Surroundings
+from compressor.comparison.folder import ResultsFolder, reserve_folder
+from compressor.comparison.grid import DEFAULT_PRESET, Grid, read_preset
+from compressor.comparison.making import Making
+from compressor.comparison.page import render_page
+from compressor.comparison.results import CellRow, Comparison
+from compressor.comparison.schedule import ModelChoice, Planned, Requests, planned_cells
+from compressor.comparison.table import csv_text, markdown_text
+from compressor.comparison.texts import GridTexts
+from compressor.comparison.workers import OwnProcess, ThisProcess
+from compressor.devices import dtype_name, resolve_device
+from compressor.models.checkpoint import Checkpoint, open_checkpoint
+from compressor.models.source import max_seqlen
+from compressor.progress import Notice, Progress, StageStarted, TextReady, silent
+from compressor.recipe import EvaluationRecipe, Recipe, read_recipe
+from compressor.report.schema import ModelFacts, portable_name
+from compressor.reporting import installed_versions
+
+DEFAULT_SHARED_BYTES = 20 * 2**30
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """What a comparison left behind.
+
+    Attributes:
+        comparison: All cells and what they have in common; its ``tree()`` is what ``compare.json`` holds.
+        folder: Where ``compare.json``, ``.csv``, ``.md`` and ``.html`` lie.
+    """
+
+    comparison: Comparison
+    folder: Path
+
+    @property
+    def failed(self) -> tuple[CellRow, ...]:
+        """The cells that came to no end."""
+        return tuple(cell for cell in self.comparison.cells if cell.failure is not None)
+
+
+def compare(
+    model: str | Path,
+    out: str | Path,
+    grid: Grid | None = None,
+    *,
+    preset: str | None = None,
+    recipe: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    evaluations: Sequence[EvaluationRecipe] = (),
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    force: bool = False,
+    isolate: bool = True,
+    shared_bytes: int = DEFAULT_SHARED_BYTES,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Progress = silent,
+) -> ComparisonResult:
+    """Measure every cell of a grid on ``model`` and write the tables to the folder ``out``.
+
+    A second call goes on where the first one ended; a cell whose settings, texts, model or versions have changed is
+    made again, and so is one that failed.
+
+    Args:
+        model: A local Hugging Face folder or a hub id, safetensors only.
+        out: A new folder, or that of an earlier comparison.
+        grid: What is compared; see ``compressor.comparison.grid``.
+        preset: A built-in grid instead: ``quick`` or ``paper``. Without either, ``quick``.
+        recipe: File or name of the recipe that cells start from; None takes the grid's, else ``default``.
+        overrides: Dotted recipe keys to values, for all cells.
+        evaluations: Texts that perplexity is measured on; none takes the grid's, else the recipe's.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
+        revision: Branch, tag or commit of a hub model.
+        trust_remote_code: Allow code that comes with the checkpoint.
+        force: Forget an earlier comparison in ``out``.
+        isolate: Make each cell in a process of its own, so that peak memory is the cell's. False makes them here:
+            quicker on small models, and without peak memory.
+        shared_bytes: What the dense model's hidden states may take on the disk; 0 computes them in every cell.
+        stop: Asked between blocks; true ends the comparison with StoppedSafely, finished cells are kept.
+        progress: Receives events (compressor.progress).
+
+    Raises:
+        ReportedError: Bad input, or an output that cannot be written. A cell that fails is recorded instead.
+    """
+    known = grid if grid is not None else read_preset(preset or DEFAULT_PRESET)
+    cells = cells_of(known, recipe, overrides or {}, preset=grid is None)
+    source = recipe if recipe is not None else known.recipe
+    base = read_recipe(source, {**known.settings, **(overrides or {})})
+    with reserve_folder(out, force, model=model) as folder:
+        progress(StageStarted("open", str(model)))
+        checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
+        texts = _texts(checkpoint, base, evaluations or known.evaluations, progress)
+        where = resolve_device(device)
+        versions = installed_versions()
+        common = Surroundings(checkpoint.identity, texts.evaluation_digests(), where.type, versions)
+        planned = planned_cells(cells, texts, common)
+        choice = ModelChoice(str(model), revision, trust_remote_code, device)
+        requests = Requests(folder, texts, common, choice, shared_bytes)
+        worker = OwnProcess() if isolate else ThisProcess()
+        making = Making(planned, requests, folder, worker, stop, progress)
+        if making.found:
+            progress(Notice(f"{making.found} of {len(planned)} cells were measured before"))
+
+        def result() -> Comparison:
+            return Comparison(
+                model=_model_facts(checkpoint),
+                device=str(where),
+                texts={name: found.facts() for name, found in texts.evaluations.items()},
+                calibration=texts.base.facts(),
+                isolated=isolate,
+                cells=tuple(_row(one, making) for one in planned),
+                recipe=_portable(base),
+                versions=versions,
+                notices=(*checkpoint.notices, *texts.base.notices),
+            )
+
+        try:
+            making.run(lambda: _write_figures(folder, result()))
+        finally:
+            worker.close()
+            comparison = result()
+            _write_figures(folder, comparison)
+            _write_pages(folder, comparison)
+        folder.forget_shared()
+        return ComparisonResult(comparison, folder.root)
+
+
+def _texts(
+    checkpoint: Checkpoint, base: Recipe, evaluations: Sequence[EvaluationRecipe], progress: Progress
+) -> GridTexts:
+    rows = int(checkpoint.config.vocab_size)
+    tokenizer = checkpoint.load_tokenizer()
+    refuse_tokenizer_beyond(tokenizer, rows)
+    texts = GridTexts(base, evaluations, tokenizer, max_seqlen(checkpoint.config), rows)
+    calibration = texts.base
+    for message in (*checkpoint.notices, *calibration.notices):
+        progress(Notice(message))
+    windows, spec = calibration.windows, calibration.text.spec
+    progress(TextReady("calibration", spec, len(windows.ids), calibration.seqlen, len(windows.heldout)))
+    for name, evaluation in texts.evaluations.items():
+        progress(TextReady("evaluation", name, len(evaluation.ids), calibration.seqlen))
+    return texts
+
+
+def _row(one: Planned, making: Making) -> CellRow:
+    cell, fingerprint = one.cell, one.fingerprint or ""
+    return CellRow(
+        table=cell.table,
+        pruner=cell.pruner,
+        recovery=cell.recovery,
+        target=str(cell.target),
+        target_sparsity=cell.target.sparsity,
+        variant=cell.variant,
+        settings=dict(cell.settings),
+        masks=cell.masks,
+        fingerprint=one.fingerprint,
+        figures=making.figures.get(fingerprint),
+        failure=one.failure or making.failures.get(fingerprint),
+    )
+
+
+def _model_facts(checkpoint: Checkpoint) -> ModelFacts:
+    return ModelFacts(
+        name=checkpoint.name,
+        architecture=checkpoint.architecture.label,
+        revision=checkpoint.revision,
+        checkpoint_dtype=dtype_name(checkpoint.dtype),
+    )
+
+
+def _portable(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without this machine's folders, and without what the grid varies or a comparison leaves out."""
+    tree = recipe.model_dump(mode="json")
+    for section in ("calibration", "evaluation"):
+        tree[section]["source"] = portable_name(tree[section]["source"])
+    for key in ("method", "sparsity", "pattern"):
+        tree["pruning"].pop(key)
+    tree["recovery"].pop("method")
+    return {name: part for name, part in tree.items() if name != "gates"}
+
+
+def _write_figures(folder: ResultsFolder, comparison: Comparison) -> None:
+    folder.write("compare.json", comparison.to_json())
+    folder.write("compare.csv", csv_text(comparison))
+
+
+def _write_pages(folder: ResultsFolder, comparison: Comparison) -> None:
+    folder.write("compare.md", markdown_text(comparison))
+    folder.write("compare.html", render_page(comparison))
