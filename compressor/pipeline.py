@@ -80,6 +80,7 @@ def compress(
         source = opened.source
         with measure.stage("blocks"):
             passed = run_blocks(job, CheckpointWriter(hf_folder, source, opened.dtype), stop, progress)
+        measure.timings.update({f"blocks: {tuned.method}": tuned.elapsed_s for tuned in passed.finetuned})
         subject = opened.subject("run", job.pattern)
         source.close()
         measured = Measured(job.evaluation, passed.perplexities, job.calibration.facts(), passed)

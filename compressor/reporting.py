@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 
 from compressor.block_pass import PassResult
 from compressor.evaluation import Evaluation
+from compressor.finetuning import FINISHES
 from compressor.report.schema import (
     BlockRow,
     CheckRow,
     EncodingBytes,
     FileRow,
+    FinetuningRow,
     LearningRateFacts,
     LoadFacts,
     ManifestFacts,
@@ -156,8 +158,32 @@ def block_rows(passed: PassResult) -> tuple[BlockRow, ...]:
             seconds=block.elapsed_s,
             best_step=block.repaired.best_step if block.repaired else None,
             steps=block.repaired.steps if block.repaired else None,
+            trained_parameters=block.repaired.trained_parameters if block.repaired else None,
         )
         for block in passed.blocks
+    )
+
+
+def finetuning_rows(passed: PassResult) -> tuple[FinetuningRow, ...]:
+    """One row per end-to-end stage, in the order of the run."""
+    return tuple(
+        FinetuningRow(
+            stage="finish" if tuned.method in FINISHES else "recovery",
+            method=tuned.method,
+            loss=tuned.loss,
+            loss_before=tuned.loss_before,
+            loss_after=tuned.loss_after,
+            calibration_first=tuned.train_loss_first,
+            calibration_last=tuned.train_loss_last,
+            best_step=tuned.best_step,
+            steps=tuned.steps,
+            lr=tuned.lr,
+            tried=tuned.tried,
+            trained_parameters=tuned.trained_parameters,
+            diverged=tuned.diverged,
+            seconds=tuned.elapsed_s,
+        )
+        for tuned in passed.finetuned
     )
 
 

@@ -13,6 +13,7 @@ from compressor.report.schema import (
     CheckRow,
     EncodingBytes,
     FileRow,
+    FinetuningRow,
     LearningRateFacts,
     LoadFacts,
     ManifestFacts,
@@ -92,6 +93,7 @@ def block_rows(blocks: int) -> tuple[BlockRow, ...]:
             seconds=11.3,
             best_step=290 + index % 30,
             steps=320,
+            trained_parameters=24_300_000,
         )
         for index, loss in enumerate(before)
     )
@@ -187,6 +189,23 @@ def fields(num_blocks: int = 16) -> dict[str, Any]:
         "blocks": block_rows(num_blocks),
         "recovery": "ebft",
         "learning_rate": LearningRateFacts(chosen=3e-4, tried=(1e-4, 3e-4, 1e-3, 3e-3)),
+        "finetuning": (
+            FinetuningRow(
+                stage="finish",
+                method="kl",
+                loss="kl",
+                loss_before=0.4021,
+                loss_after=0.3187,
+                calibration_first=0.3644,
+                calibration_last=0.2511,
+                best_step=160,
+                steps=160,
+                lr=1e-4,
+                tried=(3e-5, 1e-4, 3e-4),
+                trained_parameters=389_100_000,
+                seconds=512.0,
+            ),
+        ),
         "recipe": Recipe().model_dump(mode="json"),
         "device": "cuda:0 (NVIDIA H100 80GB HBM3)",
         "versions": {

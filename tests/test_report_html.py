@@ -92,7 +92,10 @@ VARIANTS = {
     "failed": failed_report,
     "not validated": lambda: sample_report(validation=ValidationFacts()),
     "no recovery": lambda: sample_report(
-        recovery="none", learning_rate=None, blocks=tuple(BlockRow(index=index) for index in range(16))
+        recovery="none",
+        learning_rate=None,
+        finetuning=(),
+        blocks=tuple(BlockRow(index=index) for index in range(16)),
     ),
     "one block": lambda: sample_report(1),
     "80 blocks": lambda: sample_report(80),
@@ -238,11 +241,27 @@ def test_report_page_shows_the_measured_numbers() -> None:
     for figure in (
         "60.0 %",
         "12.84 dense 9.761 (+31.6 %)",
-        "85.6 % from pruned only to dense, by EBFT",
+        "85.6 % from pruned only to dense, by EBFT and KL finish",
         "3.48 GiB",
     ):
         assert figure in words
     assert "141 windows of 2 048 tokens, without overlap" in words
+
+
+def test_report_page_shows_the_end_to_end_stage() -> None:
+    """Held-out and calibration losses, step, rate and weights of a stage stand in its row; trials below."""
+    words = words_of(page_of("whole"))
+    assert "finish kl kl 0.4021 0.3187 0.3644 0.2511 160 of 160 1e−4 389 100 000 8 min 32 s" in words
+    assert "The learning rate 1e−4 of the finish was chosen on held-out windows from" in words
+
+
+def test_report_page_says_when_an_end_to_end_stage_failed() -> None:
+    """A stage that diverged, or left the model as it was, is named in words."""
+    (row,) = sample_report().finetuning
+    kept = row.model_copy(update={"best_step": 0, "diverged": True, "tried": ()})
+    words = words_of(render_html(sample_report(finetuning=(kept,))))
+    assert "The finish diverged and ended early" in words
+    assert "No step of the finish made the model better" in words
 
 
 def test_report_page_counts_each_second_once() -> None:

@@ -59,6 +59,7 @@ def render_html(report: Report) -> str:
         loss_summary=summary.loss_summary(report),
         sparsity_summary=summary.sparsity_summary(report),
         learning_rate=summary.learning_rate(report),
+        finetuning=summary.finetuning(report),
         model=summary.model(report),
         weights=tables.weight_rows(report.weights),
         weights_one_by_one=len(report.weights) <= tables.MAX_WEIGHT_ROWS,

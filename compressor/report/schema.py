@@ -1,6 +1,7 @@
 """The report's data: what ``*.report.json`` holds, how it is written and read back.
 
-Equal runs give equal reports but for ``timings``, ``peak_memory_bytes``, ``versions``, each block's seconds.
+Equal runs give equal reports but for ``timings``, ``peak_memory_bytes``, ``versions``, the seconds of blocks and
+end-to-end stages.
 JSON has no NaN and no infinity: such a number is written as ``null``, and the top-level key ``nonfinite``
 says where it stood (JSON Pointer, RFC 6901) and what it was, so that ``null`` alone means "not measured".
 """
@@ -207,6 +208,31 @@ class BlockRow(_Part):
     seconds: float | None = None
     best_step: int | None = None
     steps: int | None = None
+    trained_parameters: int | None = None
+
+
+class FinetuningRow(_Part):
+    """One end-to-end stage over all blocks: ``recovery`` or ``finish``.
+
+    ``loss`` names what was minimised (``kl``, ``ce``, ``ce + squarehead``; nats per token, SquareHead a sum over
+    layers). ``loss_before`` and ``loss_after`` are it on held-out windows, ``calibration_first`` and ``_last`` on
+    the calibration windows of the first and the last epoch. ``tried`` is empty where the learning rate was given.
+    """
+
+    stage: Literal["recovery", "finish"]
+    method: str
+    loss: str
+    loss_before: float
+    loss_after: float
+    calibration_first: float | None = None
+    calibration_last: float | None = None
+    best_step: int
+    steps: int
+    lr: float
+    tried: tuple[float, ...] = ()
+    trained_parameters: int
+    diverged: bool = False
+    seconds: float
 
 
 class LearningRateFacts(_Part):
@@ -259,6 +285,7 @@ class Report(_Part):
     blocks: tuple[BlockRow, ...] = ()
     recovery: str | None = None
     learning_rate: LearningRateFacts | None = None
+    finetuning: tuple[FinetuningRow, ...] = ()
     recipe: dict[str, Any] | None = None
     device: str | None = None
     versions: dict[str, str] = {}

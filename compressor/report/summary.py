@@ -112,12 +112,14 @@ def _perplexity(report: Report) -> KeyFigure | None:
 
 def _repair(report: Report) -> KeyFigure | None:
     dense, pruned, recovered = report.perplexity.dense, report.perplexity.pruned, report.perplexity.recovered
-    if report.recovery in (None, "none") or dense is None or pruned is None or recovered is None:
+    methods = [report.recovery.upper()] if report.recovery not in (None, "none") else []
+    methods += [f"{row.method.upper()} finish" for row in report.finetuning if row.stage == "finish"]
+    if not methods or dense is None or pruned is None or recovered is None:
         return None
     if not dense < pruned < math.inf:  # pruning opened no gap that can be measured
         return None
     closed = units.percent((pruned - recovered) / (pruned - dense))
-    return KeyFigure("Gap closed", closed, f"from pruned only to dense, by {report.recovery.upper()}")
+    return KeyFigure("Gap closed", closed, f"from pruned only to dense, by {' and '.join(methods)}")
 
 
 def _size(report: Report) -> KeyFigure | None:
@@ -181,6 +183,27 @@ def learning_rate(report: Report) -> str | None:
         return f"Learning rate {units.number(facts.chosen)}, as given."
     tried = ", ".join(units.number(lr) for lr in facts.tried)
     return f"Learning rate {units.number(facts.chosen)}, chosen on held-out windows from {tried}."
+
+
+def finetuning(report: Report) -> str | None:
+    """How the end-to-end stages found their learning rates, and whether one came to grief, in a few sentences."""
+    sentences = []
+    for row in report.finetuning:
+        if row.tried:
+            tried = ", ".join(units.number(lr) for lr in row.tried)
+            chosen = units.number(row.lr)
+            sentences.append(
+                f"The learning rate {chosen} of the {row.stage} was chosen on held-out windows from {tried}."
+            )
+        if row.diverged:
+            sentences.append(
+                f"The {row.stage} diverged and ended early; the best weights before that were kept."
+            )
+        if not row.best_step:
+            sentences.append(
+                f"No step of the {row.stage} made the model better, so it left the model as it was."
+            )
+    return " ".join(sentences) or None
 
 
 def model(report: Report) -> list[tuple[str, str]]:
