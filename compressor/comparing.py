@@ -14,7 +14,7 @@ from compressor.calibration.tokens import refuse_tokenizer_beyond
 from compressor.comparison.cells import cells_of
 from compressor.comparison.fingerprint import Surroundings
 from compressor.comparison.folder import ResultsFolder, reserve_folder
-from compressor.comparison.grid import DEFAULT_PRESET, Grid, read_preset
+from compressor.comparison.grid import DEFAULT_PRESET, Grid, Masks, read_preset
 from compressor.comparison.making import Making
 from compressor.comparison.page import render_page
 from compressor.comparison.results import CellRow, Comparison
@@ -57,6 +57,7 @@ def compare(
     grid: Grid | None = None,
     *,
     preset: str | None = None,
+    masks: Masks | None = None,
     recipe: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     evaluations: Sequence[EvaluationRecipe] = (),
@@ -79,6 +80,7 @@ def compare(
         out: A new folder, or that of an earlier comparison.
         grid: What is compared; see ``compressor.comparison.grid``.
         preset: A built-in grid instead: ``quick`` or ``paper``. Without either, ``quick``.
+        masks: ``shared`` or ``own``, in the place of what the grid says.
         recipe: File or name of the recipe that cells start from; None takes the grid's, else ``default``.
         overrides: Dotted recipe keys to values, for all cells.
         evaluations: Texts that perplexity is measured on; none takes the grid's, else the recipe's.
@@ -96,6 +98,7 @@ def compare(
         ReportedError: Bad input, or an output that cannot be written. A cell that fails is recorded instead.
     """
     known = grid if grid is not None else read_preset(preset or DEFAULT_PRESET)
+    known = known if masks is None else known.model_copy(update={"masks": masks})
     cells = cells_of(known, recipe, overrides or {}, preset=grid is None)
     source = recipe if recipe is not None else known.recipe
     base = read_recipe(source, {**known.settings, **(overrides or {})})

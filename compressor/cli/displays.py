@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from typing import IO, Protocol
 
+from compressor.cli.terminal import printable
 from compressor.cli.wording import (
     Remaining,
     block_line,
     blocks_done,
+    cell_number,
     describe,
     labelled,
     losses_of,
@@ -17,6 +19,8 @@ from compressor.cli.wording import (
 from compressor.progress import (
     BlockFinished,
     BlockProgress,
+    CellFinished,
+    CellProgress,
     Event,
     FinetuningProgress,
     Notice,
@@ -63,7 +67,9 @@ class PlainDisplay:
         left = ""
         if isinstance(event, (BlockProgress, BlockFinished)):
             left = self._remaining.after(event)
-        level = "WARNING" if isinstance(event, Notice) and event.shortfall else "INFO"
+        shortfall = isinstance(event, Notice) and event.shortfall
+        failed = isinstance(event, CellFinished) and event.error_id is not None
+        level = "WARNING" if shortfall or failed else "INFO"
         for text in describe(event):
             self._write(level, f"{text} · {left}" if left else text)
 
@@ -108,6 +114,15 @@ class LiveDisplay:
         """Move the live line; print what is settled above it."""
         if isinstance(event, (BlockProgress, BlockFinished)):
             self._show_block(event)
+        elif isinstance(event, CellProgress):
+            left = f"{duration(event.left_s)} left" if event.left_s is not None else ""
+            self._progress.update(
+                self._task,
+                description=cell_number(event),
+                total=event.total,
+                completed=event.number - 1,
+                detail=" · ".join(part for part in (printable(event.label), event.detail, left) if part),
+            )
         elif isinstance(event, FinetuningProgress):
             self._progress.update(
                 self._task,

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from compressor.comparison.failures import CellFailure, failure_of
 from compressor.comparison.grid import Grid, GridTable, Masks, Variant, check_settings, did_you_mean
 from compressor.errors import ReportedError, UsageError
-from compressor.pruning import PRUNERS
-from compressor.recipe import Recipe, read_recipe
-from compressor.recovery import RECOVERIES
+from compressor.recipe import PruningRecipe, Recipe, RecoveryRecipe, read_recipe
 from compressor.sparsity import SparsityPattern
 
 _UNNAMED = Variant(name="unnamed")
@@ -111,11 +109,16 @@ def _relevant(settings: Mapping[str, Any], recovery: str) -> dict[str, Any]:
 
 
 def _with_recipe(cell: Cell, source: str | Path | None, settings: Mapping[str, Any]) -> Cell:
-    _check_method("pruner", cell.pruner, PRUNERS)
-    _check_method("recovery", cell.recovery, RECOVERIES)
+    _check_method("pruner", cell.pruner, methods_of(PruningRecipe))
+    _check_method("recovery", cell.recovery, methods_of(RecoveryRecipe))
     key, value = ("pattern", str(cell.target)) if cell.target.is_n_m else ("sparsity", cell.target.sparsity)
     axes = {"pruning.method": cell.pruner, "recovery.method": cell.recovery, f"pruning.{key}": value}
     return replace(cell, recipe=read_recipe(source, {**settings, **axes}))
+
+
+def methods_of(section: type[PruningRecipe] | type[RecoveryRecipe]) -> tuple[str, ...]:
+    """The names of all methods that a recipe's section can have."""
+    return get_args(section.model_fields["method"].annotation)
 
 
 def _check_method(role: str, name: str, known: Collection[str]) -> None:

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compressor.comparison.cells import target_label
 from compressor.comparison.results import CellRow, Comparison, Figures
@@ -44,6 +44,19 @@ CSV_COLUMNS = (
     "error",
 )
 OPEN = "not made yet"
+# Columns that a narrow terminal goes without, first the one that is missed least; files have them all.
+_DISPENSABLE = (
+    "calibration loss",
+    "trained",
+    "learning rate",
+    "held-out loss",
+    "zeros",
+    "device peak",
+    "host peak",
+    "pruning time",
+    "gap closed",
+    "finish time",
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,21 @@ class TableText:
     figures: tuple[bool, ...]
     best: frozenset[int]
     best_column: int = 4
+
+    def narrowed(self, width: int) -> TableText:
+        """The table without its less important columns, as many as it takes to be printed ``width`` signs wide."""
+        table = self
+        for name in _DISPENSABLE:
+            if max(map(len, plain_lines(table)), default=0) <= width:
+                break
+            keep = [place for place, column in enumerate(table.columns) if not column.startswith(name)]
+            table = replace(
+                table,
+                columns=tuple(table.columns[place] for place in keep),
+                rows=tuple(tuple(row[place] for place in keep) for row in table.rows),
+                figures=tuple(table.figures[place] for place in keep),
+            )
+        return table
 
 
 def tables_of(comparison: Comparison) -> list[TableText]:
@@ -91,7 +119,7 @@ def protocol_lines(comparison: Comparison) -> list[str]:
         facts = (
             f"{text.windows} windows of {text.window} tokens",
             f"stride {text.stride}",
-            f"{number(text.tokens)} predicted tokens",
+            f"{text.tokens} predicted tokens",
             f"BOS {text.bos}" if text.bos is not None else "",
             f"joined by {text.join}" if text.join not in (None, "single text") else "one text",
             text.dtype or "",
