@@ -1,20 +1,22 @@
 """The pass over the decoder blocks: capture, prune, repair, measure, commit; one block in memory at a time.
 
 Block l sees what the already sparse and repaired blocks before it give. Its masks come from those inputs, and are
-frozen before the repair begins. Where an end-to-end stage follows (``end_to_end``), finished blocks stay in memory
-and are committed after it.
+frozen before the repair begins; heads and neurons are chosen in a survey of the dense model before. Where an
+end-to-end stage follows (``end_to_end``), finished blocks stay in memory and are committed after it.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from compressor.block_pruning import BlockPruning, PrunedBlock, prepare_pruning
 from compressor.dense_path import ComputedPath, DensePath
 from compressor.devices import mixed_precision, settle
 from compressor.end_to_end import EndToEnd
@@ -24,11 +26,10 @@ from compressor.linears import IgnoreRules, PrunableMatrix, observe_inputs, prun
 from compressor.models.source import BlockSource
 from compressor.models.writer import BlockWriter
 from compressor.perplexities import EvaluationStreams, PerplexityStreams, Version
-from compressor.progress import BlockFinished, BlockProgress, LearningRateChosen, Notice, Progress
+from compressor.progress import BlockFinished, BlockProgress, LearningRateChosen, Progress
 from compressor.propagation import advance, embedded, visit
 from compressor.pruned_model import NoPrunedModel, PrunedModel
-from compressor.pruning import PRUNERS
-from compressor.pruning.pruner import Pruned, check_pattern
+from compressor.pruning.pruner import check_pattern
 from compressor.recipe import Recipe
 from compressor.recovery import RECOVERIES
 from compressor.recovery.block_io import BlockIO, Repaired
@@ -36,6 +37,7 @@ from compressor.recovery.lr_probe import LearningRateProbe
 from compressor.sparsity import Mask, SparsityPattern
 from compressor.statistics import BlockStatistics
 from compressor.streams import Activations
+from compressor.structured import Anatomy
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class BlockResult:
         elapsed_s: Wall time of all.
         pruning_s: Of statistics and masks; 0 for a block that was pruned before.
         recovery_s: Of the repair, trials of learning rates included.
+        target: The sparsity that the block was to have; ``None`` where it is the model's.
+        shapes: By parameter, its shape before and after, where heads or neurons were taken out.
     """
 
     index: int
@@ -57,6 +61,8 @@ class BlockResult:
     elapsed_s: float
     pruning_s: float = 0.0
     recovery_s: float = 0.0
+    target: float | None = None
+    shapes: Mapping[str, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,7 @@ class BlockPass:
         progress: Receives events.
         dense_path: Moves the dense model's hidden states; None runs every block.
         pruned_model: Blocks that were pruned before, or a place for those that are; None prunes all and keeps none.
+        anatomy: The heads and neurons of ``source``, where they have been looked for already.
     """
 
     def __init__(
@@ -146,6 +153,7 @@ class BlockPass:
         progress: Progress,
         dense_path: DensePath | None = None,
         pruned_model: PrunedModel | None = None,
+        anatomy: Anatomy | None = None,
     ) -> None:
         self._source = source
         self._recipe = recipe
@@ -158,7 +166,7 @@ class BlockPass:
             recipe.recovery.method
         )  # an end-to-end recovery repairs no single block
         self._end_to_end = EndToEnd(source, recipe, device=device, stop=stop, progress=progress)
-        self._pruner = PRUNERS[recipe.pruning.method]
+        self._anatomy = anatomy
         self._probe = LearningRateProbe(recipe.recovery)
         self._evaluation: EvaluationStreams = (
             PerplexityStreams(source, evaluation, device, versions_of(recipe))
@@ -206,17 +214,19 @@ class BlockPass:
         self._advance_dense(index, block)
         known = self._pruned_model.has(index)
         begun = time.perf_counter()
-        statistics = None if known else self._new_statistics(block, matrices)
+        statistics = None if known else self._pruning.new_statistics(block, matrices)
+        pruning_s = self._since(begun)  # a survey, in the first block
         outputs = self._capture(index, block, matrices, statistics)
-        pruning_s = 0.0 if statistics is None else self._since(begun)
+        pruning_s = pruning_s if statistics is None else self._since(begun)
         io = self._targets(index, block, matrices, outputs) if self._repair else None
-        begun = time.perf_counter()
+        begun, came_as = time.perf_counter(), _shapes(block, matrices)
         if known:
-            masks, notes = self._pruned_model.apply(index, block)
+            pruned = PrunedBlock(*self._pruned_model.apply(index, block))
         else:
-            masks, notes = self._prune(index, block, matrices, statistics)
+            pruned = self._pruning.prune(index, block, matrices, statistics)
             pruning_s += self._since(begun)
-            self._pruned_model.keep(index, block, masks, notes)
+            self._pruned_model.keep(index, block, pruned.masks, pruned.notes)
+        masks = pruned.masks
         del statistics
         self._evaluation.advance("pruned", index, block)
         begun = time.perf_counter()
@@ -234,7 +244,17 @@ class BlockPass:
             self._evaluation.advance("recovered", index, block)
         elapsed_s = time.perf_counter() - started
         self._tell_finished(index, repaired, elapsed_s)
-        return BlockResult(index, repaired, notes, elapsed_s, pruning_s, recovery_s)
+        target, left = self._pruning.pattern(index).sparsity, _shapes(block, matrices)
+        return BlockResult(
+            index,
+            repaired,
+            pruned.notes,
+            elapsed_s,
+            pruning_s,
+            recovery_s,
+            target=None if target == self._pattern.sparsity else target,
+            shapes={name: (came_as[name], left[name]) for name in left} if not pruned.masks else {},
+        )
 
     def _capture(
         self, index: int, block: nn.Module, matrices: list[PrunableMatrix], statistics: BlockStatistics | None
@@ -282,7 +302,7 @@ class BlockPass:
             amp_dtype=mixed_precision(self._device),
             name=f"{self._source.blocks_name}.{index}",
             matrices=matrices,
-            pattern=self._pattern,
+            pattern=self._pruning.pattern(index),
             load_dense=lambda: self._source.load_block(index),
         )
 
@@ -291,37 +311,20 @@ class BlockPass:
         settle(self._device)
         return time.perf_counter() - begun
 
-    def _new_statistics(self, block: nn.Module, matrices: list[PrunableMatrix]) -> BlockStatistics | None:
-        kind = self._pruner.statistic
-        if kind is None:
-            return None
-        return BlockStatistics(
-            kind, {matrix.name: matrix.of(block).shape[1] for matrix in matrices}, self._device
+    @functools.cached_property
+    def _pruning(self) -> BlockPruning:
+        """How blocks are pruned; where that is shared out over all of them, the first use surveys the model."""
+        return prepare_pruning(
+            self._source,
+            self._recipe,
+            self._pattern,
+            self._ignore,
+            self._ids,
+            self._device,
+            stop=self._stop,
+            progress=self._progress,
+            anatomy=self._anatomy,
         )
-
-    def _prune(
-        self, index: int, block: nn.Module, matrices: list[PrunableMatrix], statistics: BlockStatistics | None
-    ) -> tuple[dict[str, Mask], tuple[str, ...]]:
-        """Masks by parameter, and the pruner's notes; the block's weights become the pruner's."""
-        parameters = dict(block.named_parameters())
-        masks: dict[str, Mask] = {}
-        notes = []
-        for matrix in matrices:
-            name = f"{self._source.blocks_name}.{index}.{matrix.name}"
-            statistic = statistics[matrix.name] if statistics is not None else None
-            pruned: Pruned = self._pruner.prune(
-                matrix.of(block), statistic, self._pattern, self._recipe.pruning, name=name
-            )
-            mask = masks.setdefault(
-                matrix.parameter, torch.ones_like(parameters[matrix.parameter], dtype=torch.bool)
-            )
-            matrix.of_mask(mask).copy_(pruned.mask)
-            with torch.no_grad():
-                matrix.of(block).copy_(pruned.weight)
-            if pruned.note:
-                self._progress(Notice(f"{name}: {pruned.note}"))
-                notes.append(f"block {index}, {matrix.name}: {pruned.note}")
-        return masks, tuple(notes)
 
     def _repair_block(self, index: int, block: nn.Module, masks: dict[str, Mask], io: BlockIO) -> Repaired:
         assert self._repair is not None
@@ -357,6 +360,11 @@ class BlockPass:
                 elapsed_s=elapsed_s,
             )
         )
+
+
+def _shapes(block: nn.Module, matrices: Sequence[PrunableMatrix]) -> dict[str, torch.Size]:
+    """Shape of each parameter that holds matrices."""
+    return {matrix.parameter: block.get_parameter(matrix.parameter).shape for matrix in matrices}
 
 
 def _like(states: Activations) -> Activations:

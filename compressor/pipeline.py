@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from compressor.combinations import check_combination
 from compressor.delivery import CompressionResult, Delivery, Measured
 from compressor.linears import IgnoreRules
 from compressor.models.writer import CheckpointWriter
@@ -63,6 +64,7 @@ def compress(
     recipe = recipe if recipe is not None else read_recipe(None)
     check_required(require)
     check_provider(provider if validate else "auto")
+    check_combination(recipe)
     pattern, ignore = pattern_of(recipe.pruning), IgnoreRules(recipe.pruning.ignore)
     measure = Measure()
     with reserve_output(out, force, model=model) as target, Staging(target) as staging:
@@ -79,7 +81,8 @@ def compress(
             job = plan(opened, recipe, pattern, ignore, progress)
         source = opened.source
         with measure.stage("blocks"):
-            passed = run_blocks(job, CheckpointWriter(hf_folder, source, opened.dtype), stop, progress)
+            writer = CheckpointWriter(hf_folder, source, opened.dtype, widths=job.widths)
+            passed = run_blocks(job, writer, stop, progress)
         measure.timings.update({f"blocks: {tuned.method}": tuned.elapsed_s for tuned in passed.finetuned})
         subject = opened.subject("run", job.pattern)
         source.close()

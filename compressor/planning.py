@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from compressor.progress import Notice, Progress, RunStarted, TextReady
 from compressor.recipe import PruningRecipe, Recipe
 from compressor.report.schema import CalibrationFacts
 from compressor.sparsity import SparsityPattern
+from compressor.structured import Anatomy, find_anatomy
 
 DEFAULT_SPARSITY = 0.5
 
@@ -52,7 +53,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Job:
-    """A run whose model and texts are open and whose plan has been checked; ``recipe`` as it is used."""
+    """A run whose model and texts are open and whose plan has been checked; ``recipe`` as it is used.
+
+    ``anatomy`` says which heads and neurons could go, ``None`` for a pruner that takes none out.
+    """
 
     source: BlockSource
     recipe: Recipe
@@ -62,6 +66,12 @@ class Job:
     evaluation: Evaluation
     device: torch.device
     notices: tuple[str, ...]
+    anatomy: Anatomy | None = None
+
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """Values of the config for the widths that all layers will have; empty where it keeps its own."""
+        return {} if self.anatomy is None else self.anatomy.widths
 
 
 def pattern_of(recipe: PruningRecipe) -> SparsityPattern:
@@ -123,6 +133,9 @@ def plan(
     """
     source = opened.source
     prunable = check_plan(source, pattern, ignore)
+    anatomy = None
+    if recipe.pruning.method == "flap":
+        anatomy = find_anatomy(source, ignore, pattern.sparsity, uniform=recipe.pruning.flap.uniform)
     tokenizer = opened.load_tokenizer()
     calibration = calibration_of(recipe, tokenizer, source.max_seqlen, source.vocab_size)
     seqlen, windows = calibration.seqlen, calibration.windows
@@ -150,7 +163,7 @@ def plan(
     progress(TextReady("calibration", text.spec, len(windows.ids), seqlen, len(windows.heldout)))
     progress(TextReady("evaluation", evaluation.text.spec, len(evaluation.ids), seqlen))
     used = as_used(recipe, pattern, seqlen, finish)
-    return Job(source, used, pattern, ignore, calibration, evaluation, opened.device, notices)
+    return Job(source, used, pattern, ignore, calibration, evaluation, opened.device, notices, anatomy)
 
 
 def as_used(recipe: Recipe, pattern: SparsityPattern, seqlen: int, finish: str) -> Recipe:
@@ -158,6 +171,9 @@ def as_used(recipe: Recipe, pattern: SparsityPattern, seqlen: int, finish: str) 
     pruning = recipe.pruning
     if not pattern.is_n_m:
         pruning = pruning.model_copy(update={"sparsity": pattern.sparsity})
+    if pruning.flap.uniform:
+        alike = {"structure": "UL-UM", "bias_compensation": False}
+        pruning = pruning.model_copy(update={"flap": pruning.flap.model_copy(update=alike)})
     calibration = recipe.calibration.model_copy(update={"seqlen": seqlen})
     finishing = recipe.finish.model_copy(update={"method": finish})
     return recipe.model_copy(update={"pruning": pruning, "calibration": calibration, "finish": finishing})
@@ -183,6 +199,7 @@ def run_blocks(
         device=job.device,
         stop=stop,
         progress=progress,
+        anatomy=job.anatomy,
     )
     passed = block_pass.run(writer)
     writer.finish()

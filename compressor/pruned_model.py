@@ -1,4 +1,4 @@
-"""A pruned model that several repairs start from: its masks and weights, block by block, as one pass left them."""
+"""A pruned model that several repairs start from: masks, weights and shapes, block by block, as one pass left them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from compressor.models.structure import BlockStructure, difference, reshape_block
 from compressor.run.atomic import replacing
 from compressor.sparsity import Mask
 from exporters.masks import pack_mask, read_masks, write_masks
@@ -72,6 +73,10 @@ class StoredPrunedModel:
 
     def apply(self, index: int, block: nn.Module) -> tuple[dict[str, Mask], Notes]:
         """Turn the dense ``block`` into the pruned one; its masks by parameter, and the pruner's notes."""
+        with safe_open(self._weights(index), framework="pt") as stored:
+            told = stored.metadata()
+        structure = BlockStructure.model_validate_json(told["structure"])
+        reshape_block(block, structure, f"block {index}")
         parameters = dict(block.named_parameters())
         masks = {
             name: torch.from_numpy(mask).to(parameters[name].device)
@@ -83,22 +88,26 @@ class StoredPrunedModel:
             with safe_open(self._weights(index), framework="pt") as stored:
                 for name in stored.keys():  # noqa: SIM118  # no mapping, though it has keys
                     parameters[name].copy_(stored.get_tensor(name))
-                notes = json.loads(stored.metadata()["notes"])
-        return masks, tuple(notes)
+        return masks, tuple(json.loads(told["notes"]))
 
     def keep(self, index: int, block: nn.Module, masks: Mapping[str, Mask], notes: Notes) -> None:
         """Write the block, where this is a recording one."""
         if not self._recording:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        dense = dict(self._load_dense(index).named_parameters())
+        whole = self._load_dense(index)
+        structure = difference(block, whole)
+        dense = dict(whole.named_parameters())
         changed = {}
         for name, weight in block.named_parameters():
-            plain = dense[name].masked_fill(~masks[name], 0.0) if name in masks else dense[name]
-            if not torch.equal(weight, plain):
+            plain: Tensor | None = dense.get(name)  # none for the bias that stands in for what was taken out
+            if plain is not None and name in masks:
+                plain = plain.masked_fill(~masks[name], 0.0)
+            if plain is None or not torch.equal(weight, plain):
                 changed[name] = weight.detach().cpu().contiguous()
+        told = {"notes": json.dumps(notes), "structure": structure.model_dump_json()}
         with replacing(self._weights(index)) as draft:
-            save_file(changed, draft, metadata={"notes": json.dumps(notes)})
+            save_file(changed, draft, metadata=told)
         with replacing(self._masks(index)) as draft:  # comes last: it says that the block is whole
             write_masks(draft, {name: pack_mask(mask.cpu().numpy()) for name, mask in masks.items()})
 

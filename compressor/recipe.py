@@ -68,7 +68,7 @@ class PruningRecipe(_Section):
     ``sparsity`` and ``pattern`` exclude each other; the run needs one of them.
     """
 
-    method: Literal["magnitude", "wanda", "sparsegpt", "admm", "alps"] = "wanda"
+    method: Literal["magnitude", "wanda", "sparsegpt", "admm", "alps", "flap"] = "wanda"
     sparsity: Share | None = None
     pattern: Annotated[str, Field(pattern=r"^\s*\d{1,6}:\d{1,6}\s*$")] | None = None
     update_weights: bool = True  # of SparseGPT, ADMM and ALPS; the others have no update

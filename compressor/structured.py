@@ -5,8 +5,8 @@ The plan is made from one survey of the dense model; the pass over the blocks th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +37,15 @@ class Anatomy:
         groups: Of each block.
         weights: Prunable weights of each block, those of matrices that cannot be cut included.
         per_unit: Of each group of each block: weights that go with one unit.
+        uniform: How many units each kind of group gives up in every layer; ``None`` unless that was asked for.
+        widths: Values for the config then; empty otherwise.
     """
 
     groups: tuple[tuple[UnitGroup, ...], ...]
     weights: tuple[int, ...]
     per_unit: tuple[tuple[int, ...], ...]
+    uniform: Mapping[str, int] | None = None
+    widths: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def removable(self) -> int:
@@ -81,13 +85,11 @@ class StructuredPlan:
         cuts: Of each block.
         removed: Weights that go, of each block.
         weights: Prunable weights of each block before.
-        widths: Values for the config, where the same widths in all layers are asked for; empty otherwise.
     """
 
     cuts: tuple[tuple[GroupCut, ...], ...]
     removed: tuple[int, ...]
     weights: tuple[int, ...]
-    widths: dict[str, int] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -95,7 +97,9 @@ class StructuredPlan:
         return sum(self.removed) / sum(self.weights)
 
 
-def find_anatomy(source: BlockSource, ignore: IgnoreRules, sparsity: float) -> Anatomy:
+def find_anatomy(
+    source: BlockSource, ignore: IgnoreRules, sparsity: float, *, uniform: bool = False
+) -> Anatomy:
     """The units of every block, and whether so many weights can go with them.
 
     A group with an ignored matrix stays whole. Blocks of equal modules are tried once.
@@ -104,10 +108,11 @@ def find_anatomy(source: BlockSource, ignore: IgnoreRules, sparsity: float) -> A
         source: The dense blocks.
         ignore: Which matrices stay; they do not count as prunable.
         sparsity: Share of the prunable weights that is to go.
+        uniform: Whether all layers are to stay alike, in widths that a config of transformers can state.
 
     Raises:
         InputRefused: E-FLAP-EXPERTS, E-FLAP-CODE, E-FLAP-STRUCTURE: the model has no such units.
-        UsageError: E-FLAP-TARGET: they do not have that many weights.
+        UsageError: E-FLAP-TARGET: they do not have that many weights; E-FLAP-UNIFORM.
     """
     _refuse_unfit(source)
     tried: dict[object, tuple[UnitGroup, ...]] = {}
@@ -142,7 +147,10 @@ def find_anatomy(source: BlockSource, ignore: IgnoreRules, sparsity: float) -> A
             f"not {sparsity:.1%}",
             "lower --sparsity, or choose an unstructured pruner, such as --pruner wanda",
         )
-    return anatomy
+    if not uniform:
+        return anatomy
+    counts, widths = uniform_counts(source, groups, per_unit[0], pruned_count(sum(weights), sparsity))
+    return replace(anatomy, uniform=counts, widths=widths)
 
 
 def plan_removal(
@@ -162,13 +170,13 @@ def plan_removal(
         ids: Calibration windows (N, T).
         device: Where blocks compute.
         anatomy: Of ``source``.
-        recipe: Metric, allocation, bias compensation, uniform widths.
+        recipe: Metric, allocation, bias compensation; the last two are the anatomy's where it is uniform.
         sparsity: Share of the prunable weights that goes. It is met to less than the weights of one neuron; with
             uniform widths, of one neuron in each layer.
         stop: Asked between blocks; true ends the survey.
 
     Raises:
-        UsageError: E-FLAP-HEADS, E-FLAP-UNIFORM, E-FLAP-TARGET: the target cannot be met in this way.
+        UsageError: E-FLAP-HEADS, E-FLAP-TARGET: the target cannot be met in this way.
         InputRefused: E-STATISTIC-NONFINITE.
         StoppedSafely: ``stop`` said so.
     """
@@ -184,19 +192,20 @@ def plan_removal(
         for group, own, each in zip(groups, of_block, per_unit, strict=True)
     ]
     budget = pruned_count(sum(anatomy.weights), sparsity)
-    widths: dict[str, int] = {}
-    if recipe.uniform:
-        counts, widths = uniform_counts(source, anatomy.groups, pools, budget)
-    else:
-        counts = share_out(pools, budget, recipe.structure, heads=recipe.remove_heads)
-    if budget - weights_of(pools, counts) >= _granule(pools, anatomy, uniform=recipe.uniform):
+    counts = (
+        share_out(pools, budget, recipe.structure, heads=recipe.remove_heads)
+        if anatomy.uniform is None
+        else tuple(anatomy.uniform[pool.kind] for pool in pools)
+    )
+    if budget - weights_of(pools, counts) >= _granule(pools, anatomy):
+        way = recipe.structure if anatomy.uniform is None else "uniform widths"
+        reached = weights_of(pools, counts) / sum(anatomy.weights)
         raise UsageError(
             "E-FLAP-TARGET",
-            f"by {recipe.structure} no more than {weights_of(pools, counts) / sum(anatomy.weights):.1%} of the blocks' "
-            f"weights can go, not {sparsity:.1%}",
+            f"by {way} no more than {reached:.1%} of the blocks' weights can go, not {sparsity:.1%}",
             "lower --sparsity, or set pruning.flap.structure to AL-AM",
         )
-    return _plan(anatomy, found, counts, widths, compensate=recipe.bias_compensation and not recipe.uniform)
+    return _plan(anatomy, found, counts, compensate=recipe.bias_compensation and anatomy.uniform is None)
 
 
 def prune_units(block: nn.Module, cuts: Sequence[GroupCut]) -> None:
@@ -251,7 +260,6 @@ def _plan(
     anatomy: Anatomy,
     found: Sequence[Sequence[_Surveyed]],
     counts: Sequence[int],
-    widths: dict[str, int],
     *,
     compensate: bool,
 ) -> StructuredPlan:
@@ -266,13 +274,13 @@ def _plan(
             gone += count * each
         cuts.append(tuple(own))
         removed.append(gone)
-    return StructuredPlan(tuple(cuts), tuple(removed), anatomy.weights, widths)
+    return StructuredPlan(tuple(cuts), tuple(removed), anatomy.weights)
 
 
-def _granule(pools: Sequence[UnitPool], anatomy: Anatomy, *, uniform: bool) -> int:
+def _granule(pools: Sequence[UnitPool], anatomy: Anatomy) -> int:
     """Weights that the target may be missed by: one of the smallest units; in each layer where all are alike."""
     smallest = min(pool.weights for pool in pools)
-    return smallest * (len(anatomy.groups) if uniform else 1)
+    return smallest * (1 if anatomy.uniform is None else len(anatomy.groups))
 
 
 def _units_of(source: BlockSource, index: int) -> tuple[UnitGroup, ...]:

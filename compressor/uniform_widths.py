@@ -11,7 +11,6 @@ from compressor.errors import UsageError
 from compressor.models.loading import plain_outline
 from compressor.models.source import BlockSource
 from compressor.models.structure import difference
-from compressor.pruning.unit_budget import UnitPool
 from compressor.units import UnitGroup, remove_channels
 
 __all__ = ["uniform_counts"]
@@ -23,9 +22,9 @@ _HEAD_SCALARS = ("head_dim", "head_size", "scaling")
 
 
 def uniform_counts(
-    source: BlockSource, groups: Sequence[Sequence[UnitGroup]], pools: Sequence[UnitPool], budget: int
-) -> tuple[tuple[int, ...], dict[str, int]]:
-    """How many units each pool gives up, as many in all layers, and the config values that say so.
+    source: BlockSource, groups: Sequence[Sequence[UnitGroup]], per_unit: Sequence[int], budget: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """How many units each kind of group gives up, as many in all layers, and the config values that say so.
 
     Heads give up their share as far as the config can state what is left (a Llama config wants a hidden size that
     the number of heads divides); neurons give up the rest.
@@ -33,7 +32,7 @@ def uniform_counts(
     Args:
         source: The dense blocks.
         groups: Of each block.
-        pools: Of all groups, in order.
+        per_unit: Weights that go with one unit of each group of the first block.
         budget: Weights to remove.
 
     Raises:
@@ -46,35 +45,23 @@ def uniform_counts(
             "the layers do not have the same heads and neurons to take out, so they cannot stay alike",
             "leave --uniform out, or --ignore the same matrices in every layer",
         )
-    first: dict[str, tuple[UnitGroup, UnitPool]] = {
-        group.kind: (group, pool) for group, pool in zip(own, pools, strict=False)
-    }
-    share = budget / sum(len(pool.scores) * pool.weights for pool in pools)
-    most_heads = 0
-    if "heads" in first:
-        pool = first["heads"][1]
-        most_heads = min(int(share * len(pool.scores)), pool.removable)
+    weights = {group.kind: each for group, each in zip(own, per_unit, strict=True)}
+    units = {group.kind: group.units for group in own}
+    share = budget / (layers * sum(units[kind] * each for kind, each in weights.items()))
+    most_heads = min(int(share * units["heads"]), units["heads"] - 1) if "heads" in units else 0
     for heads in range(most_heads, -1, -1):
-        counts = {"heads": heads, "neurons": _neurons_for(first, layers, budget, heads)}
+        counts = {"heads": heads, "neurons": 0}
+        if "neurons" in units:
+            rest = budget // layers - (heads * weights["heads"] if heads else 0)
+            counts["neurons"] = min(rest // weights["neurons"], units["neurons"] - 1)
         widths = _stated_widths(source, own, counts)
         if widths is not None:
-            return tuple(counts[group.kind] for _ in range(layers) for group in own), widths
+            return counts, widths
     raise UsageError(
         "E-FLAP-UNIFORM",
         f"a config of {source.architecture.label} has no key for the width of its MLP",
         "leave --uniform out; the model then loads with blockpress alone",
     )
-
-
-def _neurons_for(
-    first: Mapping[str, tuple[UnitGroup, UnitPool]], layers: int, budget: int, heads: int
-) -> int:
-    """Neurons of each layer that bring the weights to the budget, beside so many units of heads."""
-    if "neurons" not in first:
-        return 0
-    rest = budget // layers - (heads * first["heads"][1].weights if heads else 0)
-    pool = first["neurons"][1]
-    return min(rest // pool.weights, pool.removable)
 
 
 def _stated_widths(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,21 @@ def planned(
     source: LoadedSource, sparsity: float = 0.3, ignore: tuple[str, ...] = (), **settings: Any
 ) -> StructuredPlan:
     """FLAP's plan for a model, from a few windows of random tokens."""
-    anatomy = find_anatomy(source, IgnoreRules(ignore), sparsity)
-    return plan_removal(source, IDS, CPU, anatomy, FlapRecipe(**settings), sparsity)
+    recipe = FlapRecipe(**settings)
+    anatomy = find_anatomy(source, IgnoreRules(ignore), sparsity, uniform=recipe.uniform)
+    return plan_removal(source, IDS, CPU, anatomy, recipe, sparsity)
 
 
-def write_pruned(source: LoadedSource, out: Path, plan: StructuredPlan) -> Tensor:
+def uniform_widths(source: LoadedSource, sparsity: float) -> Mapping[str, int]:
+    """The config values of uniform widths."""
+    return find_anatomy(source, IgnoreRules(), sparsity, uniform=True).widths
+
+
+def write_pruned(
+    source: LoadedSource, out: Path, plan: StructuredPlan, widths: Mapping[str, int] | None = None
+) -> Tensor:
     """Write the model without what ``plan`` takes; the logits (B, T, V) of the blocks that were committed."""
-    writer = CheckpointWriter(out, source, torch.float32, widths=plan.widths)
+    writer = CheckpointWriter(out, source, torch.float32, widths=widths)
     with torch.no_grad():
         hidden = source.embed(IDS)
         for index, cuts in enumerate(plan.cuts):

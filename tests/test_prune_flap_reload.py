@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from architectures import ATTENTION
-from flap_samples import CPU, HEADS_AND_NEURONS, IDS, NEURONS_ONLY, open_tiny, planned, write_pruned
+from flap_samples import (
+    CPU,
+    HEADS_AND_NEURONS,
+    IDS,
+    NEURONS_ONLY,
+    open_tiny,
+    planned,
+    uniform_widths,
+    write_pruned,
+)
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import change_json
 from torch import Tensor
@@ -131,12 +140,13 @@ def test_prune_flap_folder_repeats_bit_for_bit(tmp_path: Path) -> None:
 def test_prune_flap_uniform_folder_loads_in_stock_transformers(tmp_path: Path, name: str) -> None:
     """As many heads and neurons in every layer and no bias: plain config values, and the same logits."""
     source = open_tiny(tmp_path / "in", name)
-    plan = planned(source, 0.6 if name in UNIFORM_HEADS else 0.3, uniform=True)
-    assert plan.widths
-    expected = write_pruned(source, tmp_path / "out", plan)
+    sparsity = 0.6 if name in UNIFORM_HEADS else 0.3
+    widths = uniform_widths(source, sparsity)
+    expected = write_pruned(source, tmp_path / "out", planned(source, sparsity, uniform=True), widths)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert KEY not in config
-    assert plan.widths.items() <= config.items()
+    assert widths
+    assert widths.items() <= config.items()
     torch.testing.assert_close(stock_logits(tmp_path / "out", name), expected, rtol=1e-5, atol=1e-5)
     if name in UNIFORM_HEADS:
         assert config["num_attention_heads"] == 2
@@ -146,7 +156,8 @@ def test_prune_flap_uniform_folder_loads_in_stock_transformers(tmp_path: Path, n
 def test_prune_flap_uniform_sets_a_width_that_was_implied(tmp_path: Path, name: str) -> None:
     """A config that leaves the MLP's width open, as four times the hidden size, gets it spelled out."""
     source = open_tiny(tmp_path / "in", name, **{"gpt2": {"n_inner": None}, "falcon": {"ffn_hidden_size": None}}[name])
-    expected = write_pruned(source, tmp_path / "out", planned(source, 0.3, uniform=True))
+    plan, widths = planned(source, 0.3, uniform=True), uniform_widths(source, 0.3)
+    expected = write_pruned(source, tmp_path / "out", plan, widths)
     torch.testing.assert_close(stock_logits(tmp_path / "out", name), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "ModelStructure",
     "apply_structure",
     "difference",
+    "reshape_block",
     "split_settings",
     "with_structure",
 ]
@@ -104,23 +105,31 @@ def apply_structure(model: nn.Module, structure: ModelStructure) -> None:
     """
     blocks = _blocks_of(model, structure)
     for index, (block, own) in enumerate(zip(blocks, structure.blocks, strict=True)):
-        place = f"{structure.blocks_name}.{index}"
-        for path in {**own.linears, **dict.fromkeys(own.biases)}:
-            layer = _submodule(block, path)
-            if layer is None or not is_linear(layer):
-                raise _invalid(f"{place} has no linear layer {path}")
-            before = shape_of(layer)
-            shape = own.linears.get(path, before)
-            if any(size > limit for size, limit in zip(shape, before, strict=True)):
-                raise _invalid(f"{place}.{path} would grow from {list(before)} to {list(shape)}")
-            resize(layer, (shape[0], shape[1]), bias=path in own.biases or bias_of(layer) is not None)
-        for path, count in own.attributes.items():
-            parent, _, name = path.rpartition(".")
-            module = _submodule(block, parent)
-            present = None if module is None else vars(module).get(name)
-            if name not in HEAD_COUNTS or not isinstance(present, int) or count > present:
-                raise _invalid(f"{place} has no {path} to lower to {count}")
-            setattr(module, name, count)
+        reshape_block(block, own, f"{structure.blocks_name}.{index}")
+
+
+def reshape_block(block: nn.Module, structure: BlockStructure, name: str) -> None:
+    """The same for one block, which errors call ``name``.
+
+    Raises:
+        InputRefused: E-STRUCTURE-INVALID: the structure does not fit the block.
+    """
+    for path in {**structure.linears, **dict.fromkeys(structure.biases)}:
+        layer = _submodule(block, path)
+        if layer is None or not is_linear(layer):
+            raise _invalid(f"{name} has no linear layer {path}")
+        before = shape_of(layer)
+        shape = structure.linears.get(path, before)
+        if any(size > limit for size, limit in zip(shape, before, strict=True)):
+            raise _invalid(f"{name}.{path} would grow from {list(before)} to {list(shape)}")
+        resize(layer, (shape[0], shape[1]), bias=path in structure.biases or bias_of(layer) is not None)
+    for path, count in structure.attributes.items():
+        parent, _, attribute = path.rpartition(".")
+        module = _submodule(block, parent)
+        present = None if module is None else vars(module).get(attribute)
+        if attribute not in HEAD_COUNTS or not isinstance(present, int) or count > present:
+            raise _invalid(f"{name} has no {path} to lower to {count}")
+        setattr(module, attribute, count)
 
 
 def difference(block: nn.Module, plain: nn.Module) -> BlockStructure:
