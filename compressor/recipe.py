@@ -194,6 +194,7 @@ class _RecoveryMethod(_Section):
     )
     loss: Literal["mse", "normalized"] = "mse"
     first_token: Literal["keep", "exclude", "per_token"] = "keep"  # against massive activations
+    window: Literal["block", "split"] = "block"  # split: attention, then MLP
 
 
 class RecoveryRecipe(TrainingRecipe, _RecoveryMethod):

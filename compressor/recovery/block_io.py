@@ -29,6 +29,9 @@ class BlockIO:
         matrices: What the masks belong to, for methods that look at single matrices.
         pattern: The zeros that the masks keep to, for methods that move masks.
         load_dense: A copy of the block as it was before pruning, for methods that give weights back.
+        dense_inputs: What the dense model has before this block, (N, T, D), where the targets are its own and a
+            method looks inside the block.
+        heldout_dense_inputs: The same for the held-out windows, (H, T, D).
     """
 
     inputs: Activations
@@ -42,6 +45,8 @@ class BlockIO:
     matrices: Sequence[PrunableMatrix] = ()
     pattern: SparsityPattern | None = None
     load_dense: Callable[[], nn.Module] | None = None
+    dense_inputs: Activations | None = None
+    heldout_dense_inputs: Activations | None = None
 
 
 @dataclass(frozen=True)
