@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressor.least_squares import conjugate_gradients
 from compressor.pruning.admm import scaled_gram
-from compressor.pruning.least_squares import conjugate_gradients
 from compressor.pruning.magnitude import magnitude_mask
 from compressor.pruning.pruner import Pruned, check_pattern, check_weight, lowest, lowest_in_groups, without
 from compressor.pruning.wanda import NO_TOKENS

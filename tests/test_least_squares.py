@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputRefused
-from compressor.pruning.least_squares import Solver, masked_least_squares, solve_rows
+from compressor.least_squares import Solver, masked_least_squares, solve_rows
 
 
 def problem(out: int = 9, width: int = 24, tokens: int = 300, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

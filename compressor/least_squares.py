@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputRefused
-from compressor.pruning.pruner import check_weight, without
 from compressor.sparsity import Mask
 
 EXACT_UP_TO = (
@@ -43,7 +42,7 @@ def masked_least_squares(
     each row solves A_SS v_S = b_S on its support S. Columns without any input keep their weights.
 
     Args:
-        W: Dense weights, (out, in).
+        W: Dense weights, (out, in), finite.
         G: X_s^T X_s, (in, in), of the inputs that V will see.
         mask: (out, in) bool, ``True`` = kept.
         C: X_s^T X_d, (in, in), where the inputs X_d of the dense layer are others; ``G`` where they are the same.
@@ -55,9 +54,8 @@ def masked_least_squares(
         name: The matrix, for errors.
 
     Raises:
-        InputRefused: NaN or infinity in W, G or C; a system that is singular.
+        InputRefused: NaN or infinity in G or C; a system that is singular.
     """
-    check_weight(name, W)
     for sums in (G,) if C is None else (G, C):
         _check_sums(name, sums)
     exact = solver == "exact" or (solver == "auto" and W.shape[1] <= EXACT_UP_TO)
@@ -69,8 +67,10 @@ def masked_least_squares(
     B = W @ (A if C is None else C.to(A).T) + W * proximal
     diagonal += proximal
     if exact:
-        return without(solve_rows(A, B, mask, name=name).float(), mask)
-    return without(conjugate_gradients(A, B, mask, without(W, mask), iterations, tolerance), mask)
+        V = solve_rows(A, B, mask, name=name).float()
+    else:
+        V = conjugate_gradients(A, B, mask, W.masked_fill(~mask, 0.0), iterations, tolerance)
+    return V.masked_fill(~mask, 0.0)
 
 
 def solve_rows(
