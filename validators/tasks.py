@@ -73,24 +73,23 @@ def load_tasks(names: Sequence[str], folder: str | Path | None = None) -> Loaded
     Raises:
         ValidationResourceError: E-LM-EVAL-MISSING.
         ValidationUsageError: E-TASKS-FOLDER; E-TASK-UNKNOWN; E-TASK-KIND: a task has the model write.
-        ValidationError: E-TASK-DATA: a task's documents cannot be read.
+        ValidationError: E-TASK-DATA: a task's YAML file or its documents cannot be read.
     """
     check_tasks(folder)
     place = None if folder is None else Path(folder).absolute()
     with _quiet_harness(place):
-        manager = _manager(names, place)
-        for name in names:
-            if name not in manager.all_tasks:
-                where = "lm-eval has no task" + (f", and {folder} has none," if folder is not None else "")
-                raise ValidationUsageError(
-                    "E-TASK-UNKNOWN",
-                    f"{where} named {name}",
-                    "list them: lm-eval ls tasks; see --tasks-folder",
-                )
         try:
+            manager = _manager(names, place)
+            _refuse_unknown(names, manager, folder)
             loaded = manager.load(list(dict.fromkeys(names)))
         except Exception as error:  # whatever a YAML file, a data set or a hub makes of it
-            raise _data_error(names, error) from error
+            if isinstance(error, ReportedError) or is_out_of_memory(error):
+                raise
+            raise ValidationError(
+                "E-TASK-DATA",
+                f"lm-eval cannot load {', '.join(names)}: {first_line(error)}",
+                "look at the task's YAML file; where no hub is reachable, --tasks-folder takes tasks with local data",
+            ) from error
     for name, task in loaded["tasks"].items():
         if task.OUTPUT_TYPE not in _SCORED:
             from validators.harness_model import generation_refused
@@ -166,6 +165,15 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
     return manager_class(include_path=None if folder is None else str(folder))
 
 
+def _refuse_unknown(names: Sequence[str], manager: Any, folder: str | Path | None) -> None:
+    for name in names:
+        if name not in manager.all_tasks:
+            where = "lm-eval has no task" + (f", and {folder} has none," if folder is not None else "")
+            raise ValidationUsageError(
+                "E-TASK-UNKNOWN", f"{where} named {name}", "list them: lm-eval ls tasks; see --tasks-folder"
+            )
+
+
 def _results(found: Mapping[str, Any]) -> Iterator[TaskResult]:
     """lm-eval's results, whose metrics are keyed ``metric,filter`` and ``metric_stderr,filter``."""
     for task, figures in found["results"].items():
@@ -216,13 +224,3 @@ def _quiet_harness(folder: Path | None) -> Iterator[Callable[[], contextlib.Exit
             del os.environ["DISABLE_MULTIPROC"]
         else:
             os.environ["DISABLE_MULTIPROC"] = alone
-
-
-def _data_error(names: Sequence[str], error: Exception) -> Exception:
-    if is_out_of_memory(error):
-        return error
-    return ValidationError(
-        "E-TASK-DATA",
-        f"the documents of {', '.join(names)} cannot be read: {first_line(error)}",
-        "where no hub is reachable, give --tasks-folder with YAML files whose data_files lie there",
-    )
