@@ -65,11 +65,20 @@ def sample_comparison(**changes: Any) -> Comparison:
             cells.append(cell(pruner, target, "ebft", repaired))
     cells.append(cell("magnitude", "0.7", "none", figures(math.inf, math.inf)))
     failure = CellFailure(
-        error_id="E-GRID-METHOD", message="there is no recovery named spp", remedy="there are ebft", exit_code=2
+        error_id="E-GRID-METHOD",
+        message="there is no recovery named spp",
+        remedy="there are ebft",
+        exit_code=2,
     )
     cells.append(cell("magnitude", "0.7", "spp", failure=failure))
     protocol = PerplexityProtocol(
-        source="valid.txt", sha256="ef" * 32, window=256, stride=256, windows=64, tokens=16320, dtype="float32"
+        source="valid.txt",
+        sha256="ef" * 32,
+        window=256,
+        stride=256,
+        windows=64,
+        tokens=16320,
+        dtype="float32",
     )
     return Comparison(
         model=ModelFacts(name="tiny", architecture="Llama", parameters=1_300_000),

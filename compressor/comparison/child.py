@@ -26,7 +26,6 @@ from typing import Any
 # What every cell needs, loaded before the first copy is made; a model of any architecture loads what Llama's does.
 _PRELOADED = ("compressor.comparison.cell", "compressor.opening", "transformers.models.llama.modeling_llama")
 _ORPHANED = 143
-_READ_BYTES = 65536
 
 
 def main(settings_path: str) -> None:
@@ -119,14 +118,18 @@ def _own_stdout() -> int:
 
 
 def _next_request() -> bytes | None:
-    """The next line that is not empty (one that asked to stop may come too late); None at the end of the input."""
-    line = b""
+    """The next line that is not empty (one that asked to stop may come too late); None at the end of the input.
+
+    Byte by byte: what follows the line is for the cell.
+    """
+    line = bytearray()
     while not line.endswith(b"\n"):
-        piece = os.read(0, _READ_BYTES)
-        if not piece:
+        byte = os.read(0, 1)
+        if not byte:
             return None
-        line = (line + piece).lstrip(b"\n")
-    return line
+        if line or byte != b"\n":
+            line += byte
+    return bytes(line)
 
 
 def _listen(asked: threading.Event) -> None:

@@ -56,6 +56,7 @@ _DISPENSABLE = (
     "pruning time",
     "gap closed",
     "finish time",
+    "recovery time",
 )
 
 
