@@ -79,6 +79,14 @@ class PassResult:
     finetuned: tuple[Finetuned, ...] = ()
 
     @property
+    def taken_out(self) -> float | None:
+        """Share of the prunable weights that are gone, where heads or neurons were taken out."""
+        sizes = [sizes for block in self.blocks for sizes in block.shapes.values()]
+        if not sizes:
+            return None
+        return 1 - sum(after.numel() for _, after in sizes) / sum(before.numel() for before, _ in sizes)
+
+    @property
     def notices(self) -> tuple[str, ...]:
         """What the pruner had to say, one line per matrix, and the end-to-end stages."""
         stages = tuple(tuned.note for tuned in self.finetuned if tuned.note)

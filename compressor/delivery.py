@@ -12,13 +12,17 @@ import torch
 
 from compressor.block_pass import PassResult
 from compressor.evaluation import Evaluation
+from compressor.models.config_file import read_json_object
 from compressor.models.export_view import export_parts
-from compressor.models.writer import MASKS_NAME
+from compressor.models.structure import plain_type
+from compressor.models.writer import CONFIG_NAME, MASKS_NAME, write_json
 from compressor.opening import Subject
 from compressor.progress import Notice, Progress, StageStarted
 from compressor.recipe import Recipe
 from compressor.report.html import write_report
 from compressor.report.schema import (
+    STATEMENT,
+    STRUCTURED_STATEMENT,
     CalibrationFacts,
     PeakMemory,
     Report,
@@ -26,9 +30,11 @@ from compressor.report.schema import (
     SparsityFacts,
 )
 from compressor.reporting import (
+    MaskCount,
     block_rows,
     bytes_by_encoding,
     count_masks,
+    count_shapes,
     finetuning_rows,
     installed_versions,
     learning_rate_facts,
@@ -108,7 +114,6 @@ class Delivery:
         self._progress = progress
         self._versions = installed_versions()
         self._counts = count_masks(read_masks(hf_folder / MASKS_NAME))
-        self._sparsity = share_of_zeros(self._counts.values())
 
     def deliver(
         self,
@@ -129,7 +134,9 @@ class Delivery:
             notices: What was told already and belongs into the report.
         """
         target = None if measured.zeros_were_filled else self._subject.target_sparsity
-        lacking = shortfalls(measured.perplexities, target, self._sparsity)
+        taken_out = self._taken_out(measured)
+        sparsity = share_of_zeros((taken_out or self._counts).values())
+        lacking = shortfalls(measured.perplexities, target, sparsity, structured=bool(taken_out))
         for message in lacking:
             self._progress(Notice(message, shortfall=True))
         with self._measure.stage("export"):
@@ -190,7 +197,10 @@ class Delivery:
         }
 
     def _copy_model_files(self) -> None:
-        """A folder output gets what a Hugging Face loader needs beside the ONNX file, byte for byte, and the masks."""
+        """A folder output gets what a Hugging Face loader needs beside the ONNX file, byte for byte, and the masks.
+
+        Only a config whose type says that layers have widths of their own gets the model's type again.
+        """
         if self._plan.hf is not None:
             return
         for path in sorted(self._hf.iterdir()):
@@ -201,6 +211,9 @@ class Delivery:
             ):
                 shutil.copyfile(path, self._plan.folder / path.name)
         shutil.copyfile(self._hf / MASKS_NAME, self._plan.masks)
+        settings = read_json_object(self._hf / CONFIG_NAME)
+        if plain_type(settings) != settings:
+            write_json(self._plan.folder / CONFIG_NAME, plain_type(settings))
 
     def _model_files(self) -> list[str]:
         """Every file of the staging folder so far, relative, in order: all of them are model files."""
@@ -227,6 +240,8 @@ class Delivery:
         notices: tuple[str, ...],
     ) -> Report:
         subject, passed = self._subject, measured.passed
+        taken_out = self._taken_out(measured)
+        counts = taken_out or self._counts
         onnx_perplexity = None if validation is None else validation.perplexity.get("onnx")
         element_bytes = torch.empty(0, dtype=subject.dtype).element_size()
         parameters = subject.facts.parameters
@@ -235,7 +250,10 @@ class Delivery:
             output=self._plan.onnx.name,
             model=subject.facts,
             sparsity=SparsityFacts(
-                target=subject.target_sparsity, measured=self._sparsity, pattern=subject.n_m
+                target=subject.target_sparsity,
+                measured=share_of_zeros(counts.values()),
+                pattern=subject.n_m,
+                structured=bool(taken_out),
             ),
             perplexity=perplexity_facts(
                 {**measured.perplexities, "onnx": onnx_perplexity}, measured.evaluation
@@ -248,7 +266,7 @@ class Delivery:
                 onnx_bytes=onnx_bytes(self._plan),
                 by_encoding=bytes_by_encoding(manifest.tensors),
             ),
-            weights=weight_rows(self._counts, subject.blocks_name, manifest.tensors),
+            weights=weight_rows(counts, subject.blocks_name, manifest.tensors),
             blocks=() if passed is None else block_rows(passed),
             recovery=self._recipe.recovery.method if passed is not None else None,
             learning_rate=None if passed is None else learning_rate_facts(passed),
@@ -261,11 +279,21 @@ class Delivery:
             peak_memory_bytes=PeakMemory(host=peak_host_bytes(), device=peak_device_bytes()),
             manifest=manifest_facts(manifest),
             notices=notices,
+            statement=STRUCTURED_STATEMENT if taken_out else STATEMENT,
         )
+
+    def _taken_out(self, measured: Measured) -> dict[str, MaskCount]:
+        """What is left of each parameter, where heads or neurons were taken out; else nothing."""
+        passed = measured.passed
+        return {} if passed is None else count_shapes(passed, self._subject.blocks_name)
 
 
 def shortfalls(
-    perplexities: Mapping[str, float], target_sparsity: float | None, sparsity: float
+    perplexities: Mapping[str, float],
+    target_sparsity: float | None,
+    sparsity: float,
+    *,
+    structured: bool = False,
 ) -> list[str]:
     """What a user should know although nothing failed: a repair that made things worse, fewer zeros than asked for.
 
@@ -273,6 +301,7 @@ def shortfalls(
         perplexities: By version of the model.
         target_sparsity: Share of zeros asked for; None where nothing was pruned.
         sparsity: Share of zeros that there is.
+        structured: Whether it is the share of weights that were taken out instead.
     """
     found = []
     pruned, recovered = perplexities.get("pruned"), perplexities.get("recovered")
@@ -282,8 +311,12 @@ def shortfalls(
             "the evaluation text; give more calibration windows, or text closer to the model's use"
         )
     if target_sparsity is not None and sparsity < target_sparsity - 1e-4:
+        fact, why = (
+            ("of the blocks' weights are gone", "whole heads and neurons")
+            if structured
+            else ("of the pruned weights are zero", "whole weights, row by row or block by block")
+        )
         found.append(
-            f"{100 * sparsity:.2f} % of the pruned weights are zero, not {100 * target_sparsity:g} %: "
-            "the share is rounded down to whole weights, row by row or block by block"
+            f"{100 * sparsity:.2f} % {fact}, not {100 * target_sparsity:g} %: the share is rounded down to {why}"
         )
     return found

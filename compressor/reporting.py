@@ -53,8 +53,17 @@ def count_masks(masks: Mapping[str, NDArray[np.bool_]]) -> dict[str, MaskCount]:
     return {name: MaskCount(mask.shape, mask.size, int(mask.sum())) for name, mask in masks.items()}
 
 
+def count_shapes(passed: PassResult, blocks_name: str) -> dict[str, MaskCount]:
+    """What is left of each prunable parameter, by full name, where heads or neurons were taken out; else nothing."""
+    return {
+        f"{blocks_name}.{block.index}.{name}": MaskCount(tuple(after), before.numel(), after.numel())
+        for block in passed.blocks
+        for name, (before, after) in block.shapes.items()
+    }
+
+
 def share_of_zeros(counts: Iterable[MaskCount]) -> float:
-    """Zeros as a share of all masked weights; 0 without masks."""
+    """Zeros as a share of all masked weights, or what is gone as a share of what there was; 0 without masks."""
     counts = list(counts)
     size = sum(count.size for count in counts)
     return 1 - sum(count.kept for count in counts) / size if size else 0.0
@@ -149,10 +158,11 @@ def bytes_by_encoding(tensors: Iterable[TensorRow]) -> dict[str, EncodingBytes]:
 
 
 def block_rows(passed: PassResult) -> tuple[BlockRow, ...]:
-    """Loss before and after, seconds and steps of each block."""
+    """Target, loss before and after, seconds and steps of each block."""
     return tuple(
         BlockRow(
             index=block.index,
+            target_sparsity=block.target,
             loss_before=block.repaired.loss_before if block.repaired else None,
             loss_after=block.repaired.loss_after if block.repaired else None,
             seconds=block.elapsed_s,

@@ -34,6 +34,11 @@ NOT_SMALLER = (
 )
 
 
+SMALLER = (
+    "Smaller on disk and in memory, and fewer operations: heads and neurons are gone, not set to zero."
+)
+
+
 def verdict(passed: bool | None) -> str:
     """PASSED, FAILED or NOT VALIDATED, in colour where stdout shows colours."""
     if passed is None:
@@ -168,7 +173,9 @@ def _verdict_line(report: Mapping[str, Any], out: Path) -> str:
     parts = [shown_path(out)]
     measured = report["sparsity"].get("measured")
     if measured is not None:
-        parts.append(f"{percent(measured, 2)} of the pruned weights are zero")
+        structured = report["sparsity"].get("structured")
+        fact = "of the blocks' weights are gone" if structured else "of the pruned weights are zero"
+        parts.append(f"{percent(measured, 2)} {fact}")
     counts = {
         status: statuses.count(status) for status in ("passed", "failed", "skipped") if status in statuses
     }
@@ -188,5 +195,7 @@ def _load_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def _size_sentence(report: Mapping[str, Any]) -> str:
+    if report["sparsity"].get("structured"):
+        return SMALLER
     stored_sparse = any(name != "dense" for name in report["size"].get("by_encoding", {}))
     return NOT_FASTER if stored_sparse else NOT_SMALLER

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from compressor.block_pass import BlockPass, check_plan, versions_of
+from compressor.combinations import check_combination
 from compressor.comparison.figures import figures_of
 from compressor.comparison.request import CellRequest, load_windows
 from compressor.comparison.results import Figures, TextPerplexity
@@ -49,6 +50,7 @@ def run_cell(
     source, windows = opened.source, load_windows(request.windows)
     calibration, heldout = windows["calibration"], windows["heldout"]
     pattern, ignore = pattern_of(request.recipe.pruning), IgnoreRules(request.recipe.pruning.ignore)
+    check_combination(request.recipe)
     check_plan(source, pattern, ignore)
     seqlen, counted = calibration.shape[1], len(calibration) + len(heldout)
     finish, why = finish_for(source, request.recipe, windows=counted, seqlen=seqlen, device=opened.device)
@@ -74,7 +76,7 @@ def run_cell(
         passed,
         recipe,
         perplexity=texts.by_text(),
-        sparsity=writer.sparsity,
+        sparsity=writer.sparsity if passed.taken_out is None else passed.taken_out,
         pruning_s=request.start.pruning_s if request.start is not None else None,
         cell_s=time.perf_counter() - started,
         notices=(*((why,) if why else ()), *passed.notices),

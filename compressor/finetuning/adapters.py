@@ -130,7 +130,7 @@ class Adapters:
             AdaptedBlock(
                 block,
                 {
-                    matrix: make(matrix.of(block), matrix.of_mask(masks[matrix.parameter]), generator)
+                    matrix: make(matrix.of(block), _mask_of(matrix, block, masks), generator)
                     for matrix in _targeted(matrices, targets)
                 },
                 dropout,
@@ -159,6 +159,13 @@ class Adapters:
         """Add every ΔW to its W."""
         for block in self._blocks:
             block.merge()
+
+
+def _mask_of(matrix: PrunableMatrix, block: nn.Module, masks: Mapping[str, Mask]) -> Mask:
+    """The matrix' mask (out, in); where heads and neurons were taken out, all of what is left is kept."""
+    if matrix.parameter in masks:
+        return matrix.of_mask(masks[matrix.parameter])
+    return torch.ones_like(matrix.of(block), dtype=torch.bool)
 
 
 def _targeted(matrices: Sequence[PrunableMatrix], targets: str) -> list[PrunableMatrix]:

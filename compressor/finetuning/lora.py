@@ -53,7 +53,7 @@ def uniform(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 
 
 def repair(model: SparseModel, recipe: RecoveryRecipe, *, seed: int, tell: Tell) -> Finetuned:
-    """Trains the factors on the text and merges them; the result has the masks that are left, and says so."""
+    """Trains the factors on the text and merges them; the result has the masks that are left, if any, and says so."""
     own = recipe.lora
     adapters = Adapters(
         model,
@@ -62,7 +62,7 @@ def repair(model: SparseModel, recipe: RecoveryRecipe, *, seed: int, tell: Tell)
         dropout=own.dropout,
         seed=seed,
     )
-    before = _zeros(model.all_masks())
+    before = _zeros(model.all_masks()) if model.all_masks() else 0.0
     tuned = tune(
         "lora",
         model,
@@ -74,6 +74,8 @@ def repair(model: SparseModel, recipe: RecoveryRecipe, *, seed: int, tell: Tell)
         tell=tell,
         keeps_masks=False,
     )
+    if not model.all_masks():  # heads and neurons were taken out: there are no zeros to fill
+        return tuned
     masks = tuple(
         {name: mask | (block.get_parameter(name) != 0) for name, mask in own_masks.items()}
         for block, own_masks in zip(model.blocks, model.masks, strict=True)

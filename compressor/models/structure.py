@@ -31,6 +31,7 @@ __all__ = [
     "ModelStructure",
     "apply_structure",
     "difference",
+    "plain_type",
     "reshape_block",
     "split_settings",
     "with_structure",
@@ -89,6 +90,15 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], ModelSt
     if model_type not in (structure.type_without, PREFIX + structure.type_without):
         raise _invalid(f"it is of a {structure.type_without}, model_type is {str(model_type)[:80]}")
     return {**plain, "model_type": structure.type_without}, structure
+
+
+def plain_type(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings under the model's own type, for a folder whose config no loader of weights reads.
+
+    Beside an ONNX file the config serves loaders such as optimum's, which take shapes from the graph.
+    """
+    structure = split_settings(settings)[1]
+    return dict(settings) if structure is None else {**settings, "model_type": structure.type_without}
 
 
 def with_structure(settings: Mapping[str, Any], structure: ModelStructure) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from compressor.models.weight_files import INDEX
 from compressor.sparsity import Mask
 from exporters.masks import PackedMask, pack_mask, write_masks
 
-__all__ = ["CONFIG_NAME", "MASKS_NAME", "BlockWriter", "CheckpointWriter", "round_block", "stored_mask"]
+__all__ = ["CONFIG_NAME", "MASKS_NAME", "BlockWriter", "CheckpointWriter", "round_block", "stored_mask", "write_json"]
 
 CONFIG_NAME = "config.json"
 MASKS_NAME = "masks.safetensors"
@@ -102,8 +102,8 @@ class CheckpointWriter:
             "metadata": {"total_size": sum(self._sizes[name] for name in order)},
             "weight_map": {name: self._shard_of[name] for name in order},
         }
-        _write_json(self._folder / INDEX, index)
-        _write_json(self._folder / CONFIG_NAME, self._settings())
+        write_json(self._folder / INDEX, index)
+        write_json(self._folder / CONFIG_NAME, self._settings())
         checkpoint = self._source.checkpoint
         for path in (checkpoint.folder / _GENERATION_NAME, *checkpoint.copied_files):
             if path.is_file():
@@ -196,5 +196,6 @@ def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file as Hugging Face writes its configs: two spaces, keys in their order."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

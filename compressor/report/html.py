@@ -58,6 +58,7 @@ def render_html(report: Report) -> str:
         load=summary.load(report),
         loss_summary=summary.loss_summary(report),
         sparsity_summary=summary.sparsity_summary(report),
+        block_targets=summary.block_targets(report),
         learning_rate=summary.learning_rate(report),
         finetuning=summary.finetuning(report),
         model=summary.model(report),

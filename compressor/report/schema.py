@@ -33,6 +33,10 @@ STATEMENT = (
     "Smaller on disk, not faster: stock ONNX Runtime expands sparse initializers to dense tensors when it "
     "loads the file, so run time and memory in use are those of the dense model."
 )
+STRUCTURED_STATEMENT = (
+    "Smaller on disk and in memory, and fewer operations: heads and neurons are gone, not set to zero, so that "
+    "stock ONNX Runtime computes with smaller dense matrices."
+)
 
 _MAX_REPORT_BYTES = 256 * 2**20
 
@@ -68,11 +72,16 @@ class ModelFacts(_Part):
 
 
 class SparsityFacts(_Part):
-    """Share of zeros in the pruned weights: asked for, and counted. ``pattern`` is ``"2:4"``-like or None."""
+    """Share of zeros in the pruned weights: asked for, and counted. ``pattern`` is ``"2:4"``-like or None.
+
+    Where heads and neurons were taken out (``structured``), the share of the blocks' prunable weights that are
+    gone; then no weight is zero.
+    """
 
     target: float | None = None
     measured: float | None = None
     pattern: str | None = None
+    structured: bool = False
 
 
 class PerplexityProtocol(_Part):
@@ -187,7 +196,8 @@ class LoadFacts(_Part):
 class WeightRow(_Part):
     """One pruned weight. ``name`` is unique in its block; ``name[3]`` is expert 3 of a fused parameter.
 
-    ``shape`` is PyTorch's; the ONNX graph may store the transposed matrix.
+    ``shape`` is PyTorch's; the ONNX graph may store the transposed matrix. Of a structured pruning it is what is
+    left, and ``sparsity`` is the share of the matrix that went.
     """
 
     block: int
@@ -200,9 +210,13 @@ class WeightRow(_Part):
 
 
 class BlockRow(_Part):
-    """One decoder block: held-out mean squared error of its output before and after the repair."""
+    """One decoder block: held-out mean squared error of its output before and after the repair.
+
+    ``target_sparsity`` is None where it is the whole model's.
+    """
 
     index: int
+    target_sparsity: float | None = None
     loss_before: float | None = None
     loss_after: float | None = None
     seconds: float | None = None

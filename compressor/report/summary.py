@@ -50,6 +50,8 @@ def title(report: Report) -> str:
     if sparsity.pattern and ":" in sparsity.pattern:
         return f"{name}, {sparsity.pattern} sparse"
     share = sparsity.measured if sparsity.measured is not None else sparsity.target
+    if share and sparsity.structured:
+        return f"{name}, without {units.percent(share, 0)} of its blocks"
     return f"{name}, {units.percent(share, 0)} sparse" if share else name
 
 
@@ -91,6 +93,7 @@ def _sparsity(report: Report) -> KeyFigure | None:
     if facts.measured is None:
         return None
     kind = facts.pattern if facts.pattern and ":" in facts.pattern else "unstructured"
+    kind = "heads and neurons" if facts.structured else kind
     if facts.target is None:
         return KeyFigure("Sparsity", units.percent(facts.measured), "zeros found in the model")
     return KeyFigure(
@@ -235,11 +238,23 @@ def sparsity_summary(report: Report) -> str | None:
     highest = max(weights, key=lambda row: row.sparsity)
     low, high = units.percent(lowest.sparsity), units.percent(highest.sparsity)
     if low == high:
-        return f"All {units.number(len(weights))} pruned weights: {low} zeros."
+        what = "gone" if report.sparsity.structured else "zeros"
+        return f"All {units.number(len(weights))} pruned weights: {low} {what}."
     return (
         f"{units.number(len(weights))} pruned weights, from {low} (block {lowest.block}, {lowest.name}) "
         f"to {high} (block {highest.block}, {highest.name})."
     )
+
+
+def block_targets(report: Report) -> str | None:
+    """The sparsity that each block was to have, in one sentence, where it is not the same for all."""
+    targets = [block.target_sparsity for block in report.blocks]
+    if not any(target is not None for target in targets):
+        return None
+    shares = [
+        units.percent(report.sparsity.target if target is None else target, 1) for target in targets
+    ]
+    return f"Targets of the blocks, first to last: {', '.join(shares)}."
 
 
 def load(report: Report) -> str | None:
