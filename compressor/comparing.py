@@ -132,11 +132,13 @@ def compare(
 
         try:
             making.run(lambda: _write_figures(folder, result()))
+        except Exception:  # a stop, or a model that cannot be opened; a second signal waits for no drawings
+            _write_all(folder, result())
+            raise
         finally:
             worker.close()
-            comparison = result()
-            _write_figures(folder, comparison)
-            _write_pages(folder, comparison)
+        comparison = result()
+        _write_all(folder, comparison)
         folder.forget_shared()
         return ComparisonResult(comparison, folder.root)
 
@@ -200,6 +202,7 @@ def _write_figures(folder: ResultsFolder, comparison: Comparison) -> None:
     folder.write("compare.csv", csv_text(comparison))
 
 
-def _write_pages(folder: ResultsFolder, comparison: Comparison) -> None:
+def _write_all(folder: ResultsFolder, comparison: Comparison) -> None:
+    _write_figures(folder, comparison)
     folder.write("compare.md", markdown_text(comparison))
     folder.write("compare.html", render_page(comparison))
