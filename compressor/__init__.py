@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compressor.comparing import ComparisonResult, compare
     from compressor.delivery import CompressionResult
     from compressor.exporting import export
     from compressor.pipeline import compress
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
     from exporters.inspect import inspect_model as inspect
 
 __all__ = [
+    "ComparisonResult",
     "CompressionResult",
     "Recipe",
     "ReportedError",
+    "compare",
     "compress",
     "export",
     "inspect",
@@ -33,9 +36,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ComparisonResult": ("compressor.comparing", "ComparisonResult"),
     "CompressionResult": ("compressor.delivery", "CompressionResult"),
     "Recipe": ("compressor.recipe", "Recipe"),
     "ReportedError": ("exporters.errors", "ReportedError"),
+    "compare": ("compressor.comparing", "compare"),
     "compress": ("compressor.pipeline", "compress"),
     "export": ("compressor.exporting", "export"),
     "inspect": ("exporters.inspect", "inspect_model"),
