@@ -167,6 +167,7 @@ def test_tasks_score_what_lm_eval_scores(exports: Exports, tmp_path: Path) -> No
         tmp_path, exports.file, "--eval-data", exports.text,
         "--tasks", ",".join(tasks), "--tasks-folder", exports.tasks,
     )  # fmt: skip
+    assert code == 0, document
     (theirs,) = lm_eval_scores(
         tmp_path,
         [
@@ -186,7 +187,6 @@ def test_tasks_score_what_lm_eval_scores(exports: Exports, tmp_path: Path) -> No
     rows = {(row["task"], row["metric"]): row for row in document["tasks"]}
     for (task, metric), row in rows.items():
         print(task, metric, theirs[task][metric], row["recovered"], row["onnx"])
-    assert code == 0
     assert {f"{task} {metric}" for task, metric in rows} == {
         "next_words acc", "next_words acc_norm", "endings acc", "endings perplexity",
         "long_text word_perplexity", "long_text byte_perplexity", "long_text bits_per_byte",
@@ -208,7 +208,7 @@ def test_tasks_limit_and_a_folder_without_reference(exports: Exports, tmp_path: 
         tmp_path, exports.folder, "--eval-data", exports.text, "--tasks", "next_words",
         "--tasks-folder", exports.tasks, "--tasks-limit", "2",
     )  # fmt: skip
-    assert code == 0
+    assert code == 0, document
     assert {(row["documents"], row["recovered"] is None) for row in document["tasks"]} == {(2, True)}
 
 

@@ -168,9 +168,11 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
 def _refuse_unknown(names: Sequence[str], manager: Any, folder: str | Path | None) -> None:
     for name in names:
         if name not in manager.all_tasks:
-            where = "lm-eval has no task" + (f", and {folder} has none," if folder is not None else "")
+            places = "lm-eval" if folder is None else f"lm-eval or {folder}"
             raise ValidationUsageError(
-                "E-TASK-UNKNOWN", f"{where} named {name}", "list them: lm-eval ls tasks; see --tasks-folder"
+                "E-TASK-UNKNOWN",
+                f"there is no task {name} in {places}",
+                "list them with: lm-eval ls tasks; a --tasks-folder adds those of its YAML files",
             )
 
 
