@@ -7,6 +7,7 @@ adds one to the rank of j, or else to the rank of i. Scores are finite.
 from __future__ import annotations
 
 import math
+import sys
 from functools import lru_cache
 
 import numpy as np
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 LONGEST = 32  # scores per group; beyond, the comparisons of all pairs cost more than sorting
-_CHUNK = 1 << 18  # scores ranked at a time: they and their ranks stay in the processor's second-level cache
-_GATHERED = 1 << 25  # scores gathered at a time on other devices
-_MASK_ROWS = 32  # a chunk is compared flat, and masked as equal rows with one row of mask
+_WORD = 8  # bytes, one for the rank of each of so many scores
+_CHUNK = 1 << 18  # scores ranked at a time on the CPU, so that their ranks stay in its cache
+_ROWS = 32  # into so many equal rows a chunk is cut, for one row of mask
+_GATHERED = 1 << 25  # scores gathered in pairs at a time on other devices
 
 
 def lowest_of_groups(S: Tensor, m: int, count: int) -> Tensor:
@@ -30,7 +32,9 @@ def lowest_of_groups(S: Tensor, m: int, count: int) -> Tensor:
     """
     S = S.detach().to(torch.promote_types(S.dtype, torch.float32))  # NumPy has no bfloat16
     if S.device.type == "cpu":
-        return torch.from_numpy(_lowest_flat(S.reshape(-1).numpy(), m, count)).view(S.shape)
+        in_words = _WORD % m == 0 and sys.byteorder == "little"
+        chosen = (_lowest_in_words if in_words else _lowest_in_bytes)(S.reshape(-1).numpy(), m, count)
+        return torch.from_numpy(chosen).view(S.shape)
     groups = torch.split(S.reshape(-1, m), max(1, _GATHERED // (m * m)))
     return torch.cat([lowest_of_planes(part.T, count).T.bool() for part in groups]).view(S.shape)
 
@@ -59,28 +63,63 @@ def _pairs(m: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Te
     return before, after, incidence, torch.arange(m - 1, -1, -1, dtype=dtype, device=device)[:, None]
 
 
-def _lowest_flat(F: NDArray[np.float32], m: int, count: int) -> NDArray[np.bool_]:
-    """:func:`lowest_of_groups` of a flat array.
+def _lowest_in_bytes(F: NDArray[np.floating], m: int, count: int) -> NDArray[np.bool_]:
+    """:func:`lowest_of_groups` of a flat array: all scores are compared with those d places later, d = 1 ... m - 1.
 
-    All scores are compared with those d places later, for d from 1 to m - 1; what reaches into the next group is
-    masked out. NumPy, since PyTorch compares floating numbers on the CPU one at a time.
+    What holds between two groups is masked out. NumPy, since PyTorch compares floating numbers on the CPU one at a
+    time.
     """
     chosen = np.empty(len(F), dtype=np.bool_)
     chunks = max(1, math.ceil(len(F) / _CHUNK))
-    width = math.ceil(len(F) / (chunks * _MASK_ROWS * m)) * m
+    width = math.ceil(len(F) / (chunks * _ROWS * m)) * m
     place = np.tile(np.arange(m, dtype=np.uint8), width // m)
-    within = [(place < m - d).view(np.uint8) for d in range(m)]  # the partner is of the same group
-    holds = np.zeros(_MASK_ROWS * width, dtype=np.bool_)
-    ones = holds.view(np.uint8)
-    ranks = np.empty_like(ones)
-    rows = ones.reshape(_MASK_ROWS, width)  # a view
+    holds = np.empty(_ROWS * width, dtype=np.bool_)
+    ones, ranks = holds.view(np.uint8), np.empty(_ROWS * width, dtype=np.uint8)
+    rows = ones.reshape(_ROWS, width)  # a view
     for start in range(0, len(F), len(ones)):
         S = F[start : start + len(ones)]
         ranks.reshape(rows.shape)[:] = m - 1 - place
         for d in range(1, m):
             np.less_equal(S[:-d], S[d:], out=holds[: len(S) - d])
-            rows &= within[d]
+            rows &= (place < m - d).view(np.uint8)
             ranks -= ones
             np.add(ranks[d:], ones[:-d], out=ranks[d:])
         np.less(ranks[: len(S)], count, out=chosen[start : start + len(S)])
     return chosen
+
+
+def _lowest_in_words(F: NDArray[np.floating], m: int, count: int) -> NDArray[np.bool_]:
+    """:func:`_lowest_in_bytes` for groups that fill words of eight bytes, with a third less to do.
+
+    In the word that holds a group's results, byte i says whether S_i <= S_(i + d). It is taken from byte i of the
+    ranks and added to byte i + d, both by one product with 2^(8 d) - 1.
+    """
+    at_first, steps = _word_steps(m)
+    chosen = np.empty(len(F), dtype=np.bool_)
+    chunks = max(1, math.ceil(len(F) / _CHUNK))
+    words = math.ceil(len(F) / (chunks * _WORD))
+    held = np.empty(words, dtype=np.uint64)
+    ranks = np.empty(words, dtype=np.uint64)
+    holds, rank_of = held.view(np.bool_), ranks.view(np.uint8)  # views, one byte per score
+    for start in range(0, len(F), words * _WORD):
+        S = F[start : start + words * _WORD]
+        ranks[:] = at_first
+        for d, (within, factor) in enumerate(steps, 1):
+            np.less_equal(S[:-d], S[d:], out=holds[: len(S) - d])
+            held &= within
+            held *= factor
+            ranks += held
+        np.less(rank_of[: len(S)], count, out=chosen[start : start + len(S)])
+    return chosen
+
+
+@lru_cache(maxsize=8)
+def _word_steps(m: int) -> tuple[np.uint64, list[tuple[np.uint64, np.uint64]]]:
+    """The ranks at first, m - 1 down to 0 in each group; the mask and the factor of each distance d."""
+    places = [i % m for i in range(_WORD)]
+
+    def word(values: list[int]) -> np.uint64:
+        return np.uint64(int.from_bytes(bytes(values), "little"))
+
+    steps = [(word([int(i < m - d) for i in places]), np.uint64((1 << 8 * d) - 1)) for d in range(1, m)]
+    return word([m - 1 - i for i in places]), steps
