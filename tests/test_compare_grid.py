@@ -54,7 +54,7 @@ def test_grid_cells_carry_their_recipe() -> None:
     assert (cell.recipe.pruning.method, cell.recipe.pruning.pattern) == ("wanda", "2:4")
     recovery = cell.recipe.recovery
     assert (recovery.epochs, recovery.batch_size, recovery.lr, cell.recipe.seed) == (1, 2, 0.001, 2)
-    assert cell.settings == {"recovery.lr": 0.001}
+    assert cell.settings == {"recovery.batch_size": 2, "recovery.lr": 0.001}
 
 
 def test_grid_variants_of_a_recovery_do_not_repeat_the_cell_without_one() -> None:

@@ -115,6 +115,20 @@ def test_compare_markdown_is_a_table_with_its_protocol() -> None:
     assert "64 windows of 256 tokens" in text
 
 
+def test_compare_tables_say_what_their_variants_set() -> None:
+    """Under a table each variant's settings are spelled out, in Markdown and on the page."""
+    rate = {"recovery.lr": 2e-4, "recovery.selection": "last"}
+    cells = (
+        cell("wanda", "0.5", "none", figures(20.0, 20.0)),
+        cell("wanda", "0.5", "ebft", figures(20.0, 10.0), variant="published", settings=rate),
+    )
+    comparison = sample_comparison(cells=cells)
+    words = "published: recovery.lr = 0.0002, recovery.selection = last"
+    assert tables_of(comparison)[0].settings == (words,)
+    assert words in markdown_text(comparison)
+    assert words in render_page(comparison)
+
+
 @pytest.mark.parametrize(("masks", "words"), [("shared", "same pruned model"), ("own", "each cell's own")])
 def test_compare_protocol_says_whose_masks(masks: str, words: str) -> None:
     """Whether recoveries start from the same masks is said beside the table."""

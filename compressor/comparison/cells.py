@@ -26,7 +26,7 @@ class Cell:
         recovery: How kept weights are repaired.
         target: What is pruned.
         variant: Name of its variant; "" without one.
-        settings: Recipe settings that tell it from other cells of the same methods.
+        settings: Recipe settings that its table and variant add to those of the grid.
         masks: Whether it starts from the shared pruned model.
         recipe: All its settings; None where it failed already.
         failure: Why it cannot be made.
@@ -79,9 +79,9 @@ def cells_of(
     source = recipe if recipe is not None else grid.recipe
     found = []
     for table in grid.tables:
-        for cell, settings in _places(grid, table):
+        for cell in _places(grid, table):
             try:
-                found.append(_with_recipe(cell, source, {**grid.settings, **overrides, **settings}))
+                found.append(_with_recipe(cell, source, {**grid.settings, **overrides, **cell.settings}))
             except ReportedError as error:
                 if not preset:
                     raise
@@ -89,16 +89,16 @@ def cells_of(
     return tuple(_without_repetitions(found))
 
 
-def _places(grid: Grid, table: GridTable) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Each place of a table, without its recipe, and all the settings that the table gives it."""
+def _places(grid: Grid, table: GridTable) -> Iterator[Cell]:
+    """Each place of a table, without its recipe."""
     for target in table.targets:
         for pruner in dict.fromkeys(table.pruners):
             for recovery in dict.fromkeys(table.recoveries):
                 for variant in table.variants or (_UNNAMED,):
                     own = _relevant(variant.settings, recovery)
                     named = variant.name if own and variant is not _UNNAMED else ""
-                    cell = Cell(table.name, pruner, recovery, target, named, own, grid.masks)
-                    yield cell, {**_relevant(table.settings, recovery), **own}
+                    settings = {**_relevant(table.settings, recovery), **own}
+                    yield Cell(table.name, pruner, recovery, target, named, settings, grid.masks)
 
 
 def _relevant(settings: Mapping[str, Any], recovery: str) -> dict[str, Any]:

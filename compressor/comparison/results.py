@@ -122,7 +122,7 @@ class CellRow(_Part):
         target: ``"0.5"``, or ``"2:4"``.
         target_sparsity: The share of zeros that this means.
         variant: Its settings' name; "" without variants.
-        settings: Recipe settings that the cell adds to those of the whole grid.
+        settings: Recipe settings that its table and variant add to those of the whole grid.
         masks: Whether it started from the shared pruned model or pruned along its own repaired blocks.
         fingerprint: Digest of all that decides its figures; names its file in the state folder.
     """

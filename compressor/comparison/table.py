@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from compressor.comparison.cells import target_label
 from compressor.comparison.results import CellRow, Comparison, Figures
+from compressor.report.tables import setting
 from compressor.report.units import MISSING, byte_size, count, duration, number, percent, perplexity
 
 CSV_COLUMNS = (
@@ -71,6 +72,7 @@ class TableText:
         figures: Which columns hold numbers.
         best: Rows whose perplexity is the lowest of their target on the first text.
         best_column: Where that perplexity stands.
+        settings: What was set for all of it, and for each variant, in words.
     """
 
     name: str
@@ -79,6 +81,7 @@ class TableText:
     figures: tuple[bool, ...]
     best: frozenset[int]
     best_column: int = 4
+    settings: tuple[str, ...] = ()
 
     def narrowed(self, width: int) -> TableText:
         """The table without its less important columns, as many as it takes to be printed ``width`` signs wide."""
@@ -186,6 +189,8 @@ def markdown_text(comparison: Comparison) -> str:
     parts = [f"Dense model: {dense_sentence(comparison)}."]
     for table in tables_of(comparison):
         parts.append("\n".join([*([f"### {table.name}", ""] if table.name else []), *_markdown_lines(table)]))
+        if table.settings:
+            parts.append("\n".join(f"- {line}" for line in table.settings))
     parts.append("\n".join(f"- {line}" for line in protocol_lines(comparison)))
     return "\n\n".join(parts) + "\n"
 
@@ -242,6 +247,19 @@ def _table(comparison: Comparison, name: str, cells: Sequence[CellRow]) -> Table
         tuple(tuple(row[place] for place in used) for row in rows),
         tuple(place > 2 for place in used),
         _best(cells, texts[0]),
+        settings=_settings(cells),
+    )
+
+
+def _settings(cells: Sequence[CellRow]) -> tuple[str, ...]:
+    """``variant: key = value, …`` for each variant of a table; pruned only has none of a recovery's settings."""
+    widest: dict[str, Mapping[str, object]] = {}
+    for cell in cells:
+        if len(cell.settings) > len(widest.get(cell.variant, {})):
+            widest[cell.variant] = cell.settings
+    return tuple(
+        f"{variant or 'all'}: {', '.join(f'{key} = {setting(value)}' for key, value in settings.items())}"
+        for variant, settings in widest.items()
     )
 
 
