@@ -1,7 +1,8 @@
-"""The pass over the decoder blocks: capture, prune, repair, measure, commit; one block in memory at a time.
+"""The pass over the decoder blocks: capture, prune, repair, measure, commit; one window of blocks in memory at a time.
 
 Block l sees what the already sparse and repaired blocks before it give. Its masks come from those inputs, and are
-frozen before the repair begins; heads and neurons are chosen in a survey of the dense model before. Where an
+frozen before the repair begins; heads and neurons are chosen in a survey of the dense model before. A window is one
+block, or two where windows overlap (``block_windows``); a block is committed when the last one leaves it. Where an
 end-to-end stage follows (``end_to_end``), finished blocks stay in memory and are committed after it.
 """
 
@@ -10,13 +11,14 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from compressor.block_pruning import BlockPruning, PrunedBlock, prepare_pruning
+from compressor.block_windows import BlockWindow, OpenBlock, joined, windows_of
+from compressor.calibration_states import CalibrationStates, States
 from compressor.dense_path import ComputedPath, DensePath
 from compressor.devices import mixed_precision, settle
 from compressor.end_to_end import EndToEnd
@@ -27,16 +29,14 @@ from compressor.models.source import BlockSource
 from compressor.models.writer import BlockWriter
 from compressor.perplexities import EvaluationStreams, PerplexityStreams, Version
 from compressor.progress import BlockFinished, BlockProgress, LearningRateChosen, Progress
-from compressor.propagation import advance, embedded, visit
 from compressor.pruned_model import NoPrunedModel, PrunedModel
 from compressor.pruning.pruner import check_pattern
 from compressor.recipe import Recipe
 from compressor.recovery import RECOVERIES
 from compressor.recovery.block_io import BlockIO, Repaired
 from compressor.recovery.lr_probe import LearningRateProbe
+from compressor.recovery.warm_start import warm_start
 from compressor.sparsity import Mask, SparsityPattern
-from compressor.statistics import BlockStatistics
-from compressor.streams import Activations
 from compressor.structured import Anatomy
 
 
@@ -91,16 +91,6 @@ class PassResult:
         """What the pruner had to say, one line per matrix, and the end-to-end stages."""
         stages = tuple(tuned.note for tuned in self.finetuned if tuned.note)
         return (*(note for block in self.blocks for note in block.notes), *stages)
-
-
-@dataclass
-class _Calibration:
-    """Calibration and held-out windows before the current block: sparse path, and dense path where it is needed."""
-
-    sparse: Activations
-    sparse_heldout: Activations
-    dense: Activations | None
-    dense_heldout: Activations | None
 
 
 def check_plan(source: BlockSource, pattern: SparsityPattern, ignore: IgnoreRules) -> int:
@@ -181,16 +171,21 @@ class BlockPass:
             if isinstance(evaluation, Tensor)
             else evaluation
         )
-        self._dense_path = dense_path or ComputedPath(source)
         self._pruned_model = pruned_model or NoPrunedModel()
         self._ids, self._heldout_ids = calibration, heldout
-        sparse, sparse_heldout = embedded(source, calibration, device), embedded(source, heldout, device)
-        dense = dense_heldout = None
-        self._model_targets = self._repair is not None and recipe.recovery.targets == "model"
-        if self._model_targets or self._end_to_end.needs_dense:
-            dense = Activations.filled(sparse.states, device=device)
-            dense_heldout = Activations.filled(sparse_heldout.states, device=device)
-        self._calibration = _Calibration(sparse, sparse_heldout, dense, dense_heldout)
+        recovery = recipe.recovery if self._repair is not None else None
+        self._states = CalibrationStates(
+            source,
+            calibration,
+            heldout,
+            recovery,
+            device=device,
+            dense_path=dense_path or ComputedPath(source),
+            needs_dense=self._end_to_end.needs_dense,
+        )
+        overlap = recipe.recovery.method == "ebft" and recipe.recovery.window == "overlap"
+        self._windows = windows_of(source.num_blocks, overlap=overlap)
+        self._open: dict[int, OpenBlock] = {}
 
     def run(self, writer: BlockWriter) -> PassResult:
         """Commit every block to ``writer``; the result of the pass.
@@ -200,33 +195,61 @@ class BlockPass:
             ReportedError: Weights or activations are not finite, a Hessian is singular, and the like.
         """
         results = []
-        for index in range(self._source.num_blocks):
+        for window in self._windows:
             if self._stop():
                 raise StoppedSafely(
                     "E-STOPPED",
-                    f"stopped before block {index} of {self._source.num_blocks}",
+                    f"stopped before block {window.blocks[-1]} of {self._source.num_blocks}",
                     "run the same command again",
                 )
-            results.append(self._one_block(index, writer))
+            result = self._one_window(window, writer)
+            if window.is_last_of:
+                results.append(result)
         finetuned = self._tune_together(writer) if self._end_to_end.stages else ()
         perplexities = self._evaluation.perplexities()
         perplexities.setdefault("recovered", perplexities["pruned"])
         lr = (self._probe.lr or None) if self._repair else None  # 0: nothing was trained
         return PassResult(tuple(results), perplexities, lr, self._probe.tried, finetuned)
 
-    def _one_block(self, index: int, writer: BlockWriter) -> BlockResult:
+    def _one_window(self, window: BlockWindow, writer: BlockWriter) -> BlockResult:
+        """Prunes what is new in the window, repairs it, finishes what no later window repairs."""
         started = time.perf_counter()
+        for index in window.blocks:
+            if index not in self._open:
+                self._open[index] = self._prune(index)
+        blocks = [self._open[index] for index in window.blocks]
+        last = blocks[-1]
+        if last.io is not None:
+            begun = time.perf_counter()
+            module, masks, io = joined(blocks, self._states.sparse, self._source)
+            last.add(self._repair_block(last.index, module, masks, io))
+            last.recovery_s += self._since(begun)
+        for index in window.finished:
+            self._finish(self._open.pop(index), writer)
+        last.elapsed_s += time.perf_counter() - started
+        if window.is_last_of:
+            self._tell_finished(last)
+        return self._result(last)
+
+    def _prune(self, index: int) -> OpenBlock:
+        """The next block, pruned, with what its repair needs to know of the dense one."""
         block = self._source.load_block(index)
-        matrices = prunable_matrices(block, f"{self._source.blocks_name}.{index}", self._ignore)
+        matrices = prunable_matrices(block, self._name(index), self._ignore)
         self._evaluation.advance("dense", index, block)
-        self._advance_dense(index, block)
+        self._states.advance_dense(index, block)
+        entering = self._states.sparse
+        for before in self._open.values():
+            entering = self._states.behind(before.index, before.block, entering)
         known = self._pruned_model.has(index)
         begun = time.perf_counter()
         statistics = None if known else self._pruning.new_statistics(block, matrices)
         pruning_s = self._since(begun)  # a survey, in the first block
-        outputs = self._capture(index, block, matrices, statistics)
-        pruning_s = pruning_s if statistics is None else self._since(begun)
-        io = self._targets(index, block, matrices, outputs) if self._repair else None
+        observed = observe_inputs(block, matrices, statistics.receive) if statistics else None
+        targets = self._states.observe(index, block, entering, observed)
+        if statistics is not None:
+            statistics.finish()
+            pruning_s = self._since(begun)
+        io = self._io(index, matrices, entering, targets) if targets is not None else None
         begun, came_as = time.perf_counter(), _shapes(block, matrices)
         if known:
             pruned = PrunedBlock(*self._pruned_model.apply(index, block))
@@ -234,85 +257,67 @@ class BlockPass:
             pruned = self._pruning.prune(index, block, matrices, statistics)
             pruning_s += self._since(begun)
             self._pruned_model.keep(index, block, pruned.masks, pruned.notes)
-        masks = pruned.masks
-        del statistics
         self._evaluation.advance("pruned", index, block)
-        begun = time.perf_counter()
-        repaired = self._repair_block(index, block, masks, io) if io is not None else None
-        recovery_s = self._since(begun)
-        if repaired is not None and repaired.masks is not None:
-            masks = {**masks, **repaired.masks}
-        if self._end_to_end.stages:
-            self._end_to_end.hold(block, masks, matrices)
-        else:
-            writer.commit(index, block, masks)  # rounds to the exported type, so what flows on is what ships
-        for states in (self._calibration.sparse, self._calibration.sparse_heldout):
-            advance(self._source, index, block, states)
-        if not self._end_to_end.stages:
-            self._evaluation.advance("recovered", index, block)
-        elapsed_s = time.perf_counter() - started
-        self._tell_finished(index, repaired, elapsed_s)
-        target, left = self._pruning.pattern(index).sparsity, _shapes(block, matrices)
-        return BlockResult(
-            index,
-            repaired,
-            pruned.notes,
-            elapsed_s,
-            pruning_s,
-            recovery_s,
-            target=None if target == self._pattern.sparsity else target,
-            shapes={name: (came_as[name], left[name]) for name in left} if not pruned.masks else {},
-        )
+        opened = OpenBlock(index, block, matrices, pruned, pruned.masks, io, came_as, pruning_s=pruning_s)
+        recovery = self._recipe.recovery
+        if io is not None and pruned.masks and (recovery.method, recovery.start) == ("ebft", "least_squares"):
+            begun = time.perf_counter()
+            opened.loss_before = warm_start(block, pruned.masks, io, recovery)
+            opened.recovery_s = self._since(begun)
+        return opened
 
-    def _capture(
-        self, index: int, block: nn.Module, matrices: list[PrunableMatrix], statistics: BlockStatistics | None
-    ) -> Activations | None:
-        """Fills ``statistics`` of the linears on the sparse inputs; the dense outputs, where these are the targets."""
-        flow, outputs = self._calibration, None
-        block_targets = self._repair is not None and not self._model_targets
-        observed = observe_inputs(block, matrices, statistics.receive) if statistics else nullcontext()
-        with observed:
-            if block_targets:  # one run of the dense block gives statistics and targets
-                outputs = advance(self._source, index, block, flow.sparse, _like(flow.sparse))
-            elif statistics is not None:
-                visit(self._source, index, block, flow.sparse)
-        if statistics is not None:
-            statistics.finish()
-        return outputs
-
-    def _advance_dense(self, index: int, block: nn.Module) -> None:
-        """The dense model's hidden states, where they are needed, through the dense block."""
-        if self._calibration.dense is not None:
-            self._dense_path.advance("calibration", index, block, self._calibration.dense)
-        if self._calibration.dense_heldout is not None:
-            self._dense_path.advance("heldout", index, block, self._calibration.dense_heldout)
-
-    def _targets(
-        self, index: int, block: nn.Module, matrices: list[PrunableMatrix], outputs: Activations | None
+    def _io(
+        self, index: int, matrices: Sequence[PrunableMatrix], entering: States, targets: States
     ) -> BlockIO:
-        """What the repair starts from and aims at: ``outputs`` of the dense block, or the dense model's states."""
-        flow = self._calibration
-        heldout_outputs = flow.dense_heldout
-        if outputs is not None:
-            heldout_outputs = advance(
-                self._source, index, block, flow.sparse_heldout, _like(flow.sparse_heldout)
-            )
-        else:
-            outputs = flow.dense
-        assert outputs is not None and heldout_outputs is not None  # noqa: PT018  # one fact: targets exist
+        """What the repair of one block starts from and aims at."""
+        dense = self._states.dense_inputs
         return BlockIO(
-            inputs=flow.sparse,
-            targets=outputs,
-            heldout_inputs=flow.sparse_heldout,
-            heldout_targets=heldout_outputs,
+            inputs=entering.training,
+            targets=targets.training,
+            heldout_inputs=entering.heldout,
+            heldout_targets=targets.heldout,
             forward=lambda module, hidden: self._source.forward(index, module, hidden),
             device=self._device,
             amp_dtype=mixed_precision(self._device),
-            name=f"{self._source.blocks_name}.{index}",
+            name=self._name(index),
             matrices=matrices,
             pattern=self._pruning.pattern(index),
             load_dense=lambda: self._source.load_block(index),
+            dense_inputs=dense.training if dense else None,
+            heldout_dense_inputs=dense.heldout if dense else None,
         )
+
+    def _finish(self, finished: OpenBlock, writer: BlockWriter) -> None:
+        """Hands a block on, and pushes calibration and evaluation windows through it."""
+        index, block = finished.index, finished.block
+        if self._end_to_end.stages:
+            self._end_to_end.hold(block, finished.masks, finished.matrices)
+        else:
+            writer.commit(
+                index, block, finished.masks
+            )  # rounds to the exported type: what flows on is what ships
+        self._states.advance_sparse(index, block)
+        if not self._end_to_end.stages:
+            self._evaluation.advance("recovered", index, block)
+
+    def _result(self, finished: OpenBlock) -> BlockResult:
+        target, left = (
+            self._pruning.pattern(finished.index).sparsity,
+            _shapes(finished.block, finished.matrices),
+        )
+        return BlockResult(
+            finished.index,
+            finished.repaired,
+            finished.pruned.notes,
+            finished.elapsed_s,
+            finished.pruning_s,
+            finished.recovery_s,
+            target=None if target == self._pattern.sparsity else target,
+            shapes={} if finished.pruned.masks else {n: (finished.came_as[n], left[n]) for n in left},
+        )
+
+    def _name(self, index: int) -> str:
+        return f"{self._source.blocks_name}.{index}"
 
     def _since(self, begun: float) -> float:
         """Seconds since ``begun``, with all that the device was given to do."""
@@ -349,23 +354,25 @@ class BlockPass:
 
     def _tune_together(self, writer: BlockWriter) -> tuple[Finetuned, ...]:
         """The end-to-end stages over all blocks, which are committed afterwards."""
-        flow = self._calibration
+        dense = self._states.dense
         finetuned = self._end_to_end.tune(
-            Windows(self._ids, flow.dense), Windows(self._heldout_ids, flow.dense_heldout)
+            Windows(self._ids, dense.training if dense else None),
+            Windows(self._heldout_ids, dense.heldout if dense else None),
         )
         self._end_to_end.commit(writer, self._evaluation)
         return finetuned
 
-    def _tell_finished(self, index: int, repaired: Repaired | None, elapsed_s: float) -> None:
+    def _tell_finished(self, finished: OpenBlock) -> None:
+        repaired = finished.repaired
         self._progress(
             BlockFinished(
-                index=index,
+                index=finished.index,
                 total=self._source.num_blocks,
                 loss_before=repaired.loss_before if repaired else None,
                 loss_after=repaired.loss_after if repaired else None,
                 best_step=repaired.best_step if repaired else 0,
                 steps=repaired.steps if repaired else 0,
-                elapsed_s=elapsed_s,
+                elapsed_s=finished.elapsed_s,
             )
         )
 
@@ -373,9 +380,3 @@ class BlockPass:
 def _shapes(block: nn.Module, matrices: Sequence[PrunableMatrix]) -> dict[str, torch.Size]:
     """Shape of each parameter that holds matrices."""
     return {matrix.parameter: block.get_parameter(matrix.parameter).shape for matrix in matrices}
-
-
-def _like(states: Activations) -> Activations:
-    """An empty store of the same shape and place."""
-    windows, seqlen, hidden = states.shape
-    return Activations(windows, seqlen, hidden, device=states.device)

@@ -189,12 +189,15 @@ class _RecoveryMethod(_Section):
     method: Literal[
         "ebft", "dsnot", "ebft-mask", "none", "lora", "masked-lora", "spp", "squarehead", "norms"
     ] = "ebft"
-    targets: Literal["block", "model"] = (
-        "model"  # the dense block on the same inputs, or the dense model's own activations
+    targets: Literal["block", "model", "blend"] = (
+        "model"  # the dense block on the same inputs, the dense model's own activations, or a mixture
     )
+    targets_blend: Annotated[float, Field(ge=0, le=1)] = 0.5  # of blend: the share of the dense model's
     loss: Literal["mse", "normalized"] = "mse"
     first_token: Literal["keep", "exclude", "per_token"] = "keep"  # against massive activations
-    window: Literal["block", "split"] = "block"  # split: attention, then MLP
+    # Of ebft. split: attention, then MLP; overlap: pairs of blocks, towards the dense model's activations
+    window: Literal["block", "split", "overlap"] = "block"
+    start: Literal["pruned", "least_squares"] = "pruned"  # of ebft: where the kept weights start
 
 
 class RecoveryRecipe(TrainingRecipe, _RecoveryMethod):
@@ -209,6 +212,12 @@ class RecoveryRecipe(TrainingRecipe, _RecoveryMethod):
     spp: SppRecipe = SppRecipe()
     squarehead: SquareHeadRecipe = SquareHeadRecipe()
     norms: NormsRecipe = NormsRecipe()
+
+    @model_validator(mode="after")
+    def _overlap_aims_at_the_model(self) -> RecoveryRecipe:
+        if self.window == "overlap" and self.targets != "model":
+            raise ValueError("window overlap aims at the dense model's activations: targets must be model")
+        return self
 
 
 class _FinishMethod(_Section):

@@ -41,6 +41,10 @@ class Activations:
         made.write(0, hidden)
         return made
 
+    def empty_like(self) -> Activations:
+        """A store of the same shape, type and place whose states are not written yet."""
+        return Activations(*self.shape, dtype=self.states.dtype, device=self.device)
+
     @property
     def shape(self) -> torch.Size:
         """(N, T, D)."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from compressor.errors import InputRefused
 from compressor.linears import IgnoreRules, prunable_matrices
 from compressor.recovery.block_io import BlockIO
-from compressor.streams import Activations, in_order, prefetched
+from compressor.streams import in_order, prefetched
 
 CUT = 1e-3  # of the gradient's length; float32 rounds to about 1e-6, a path beside mid changes it by about 1
 
@@ -75,7 +75,7 @@ def halves(block: nn.Module, io: BlockIO, weights: Sequence[nn.Parameter], batch
 
     dense = io.load_dense()
     targets, heldout_targets = (
-        states.map(lambda hidden: to_midpoint(dense, hidden), batch_size, _like(states))
+        states.map(lambda hidden: to_midpoint(dense, hidden), batch_size, states.empty_like())
         for states in (io.dense_inputs or io.inputs, io.heldout_dense_inputs or io.heldout_inputs)
     )
     first_io = replace(io, targets=targets, heldout_targets=heldout_targets, forward=to_midpoint)
@@ -170,9 +170,3 @@ def _first_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None
     """The first floating tensor among the arguments of a module."""
     given = [*args, *kwargs.values()]
     return next((one for one in given if isinstance(one, Tensor) and one.is_floating_point()), None)
-
-
-def _like(states: Activations) -> Activations:
-    """An empty store of the same shape and place."""
-    windows, seqlen, hidden = states.shape
-    return Activations(windows, seqlen, hidden, device=states.device)
