@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputRefused, UsageError
+from compressor.least_squares import solve_rows
 from compressor.pruning import PRUNERS
 from compressor.pruning.admm import alternate, gradual_choice, scaled_gram
-from compressor.least_squares import solve_rows
 from compressor.pruning.pruner import Pruned
 from compressor.recipe import PruningRecipe, read_overrides
 from compressor.sparsity import SparsityPattern, holds_n_m, pruned_count
