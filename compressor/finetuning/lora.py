@@ -8,6 +8,7 @@ The merge is made here, and the masks of those matrices become what is not zero 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -62,7 +63,6 @@ def repair(model: SparseModel, recipe: RecoveryRecipe, *, seed: int, tell: Tell)
         dropout=own.dropout,
         seed=seed,
     )
-    before = _zeros(model.all_masks()) if model.all_masks() else 0.0
     tuned = tune(
         "lora",
         model,
@@ -80,13 +80,14 @@ def repair(model: SparseModel, recipe: RecoveryRecipe, *, seed: int, tell: Tell)
         {name: mask | (block.get_parameter(name) != 0) for name, mask in own_masks.items()}
         for block, own_masks in zip(model.blocks, model.masks, strict=True)
     )
-    left = _zeros(
-        {f"{i}.{name}": mask for i, own_masks in enumerate(masks) for name, mask in own_masks.items()}
-    )
+    before, left = _zeros(model.masks), _zeros(masks)
+    if left == before:  # step 0 was the best one: nothing was merged
+        return tuned
     note = f"merging LoRA fills zeros: {100 * left:.2f} % of the pruned weights are zero now, {100 * before:.2f} % were"
     return replace(tuned, masks=masks, note=note)
 
 
-def _zeros(masks: dict[str, Mask]) -> float:
+def _zeros(masks: Sequence[Mapping[str, Mask]]) -> float:
     """Share of masked weights."""
-    return sum(int((~mask).sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+    every = [mask for own in masks for mask in own.values()]
+    return sum(int((~mask).sum()) for mask in every) / sum(mask.numel() for mask in every)
