@@ -33,7 +33,8 @@ class TinyBlock(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         normed = self.norm(hidden)
         widened = nn.functional.gelu(self.up(normed))
-        return hidden + torch.sigmoid(self.router(normed)) * self.down(widened)
+        output: Tensor = hidden + torch.sigmoid(self.router(normed)) * self.down(widened)
+        return output
 
 
 @dataclass

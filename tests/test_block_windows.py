@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import architectures
@@ -33,7 +34,7 @@ class Collected:
         self.blocks: dict[int, dict[str, Tensor]] = {}
         self.masks: dict[int, dict[str, Mask]] = {}
 
-    def commit(self, index: int, block: nn.Module, masks: dict[str, Mask]) -> None:
+    def commit(self, index: int, block: nn.Module, masks: Mapping[str, Mask]) -> None:
         """Keep a copy."""
         self.blocks[index] = {name: weight.clone() for name, weight in block.named_parameters()}
         self.masks[index] = dict(masks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -153,7 +154,7 @@ def test_dsnot_never_runs_past_its_candidates() -> None:
     """A row of four columns has fewer candidates than cycles; the zeros of each row stay as many."""
     rows = matrix()
     narrow = Rows(
-        *(field[:, :4] for field in (rows.mask, rows.contributions, rows.growth, rows.scores)), rows.error
+        rows.mask[:, :4], rows.contributions[:, :4], rows.growth[:, :4], rows.scores[:, :4], rows.error
     )
     settings = DsnotRecipe(update_threshold=0.0)
     assert torch.equal(swapped(narrow, settings), slow_swaps(narrow, settings, None)[0])
@@ -173,7 +174,7 @@ def test_moments_are_those_of_the_paper() -> None:
     torch.testing.assert_close(found.norms(), torch.cat(windows).norm(dim=0))
 
 
-def recipe(dsnot: dict[str, object] | None = None, **settings: object) -> RecoveryRecipe:
+def recipe(dsnot: Mapping[str, object] | None = None, **settings: object) -> RecoveryRecipe:
     """DSnoT on everything, whatever a row's error."""
     own = {"skip": (), "update_threshold": 0.0, **(dsnot or {})}
     return RecoveryRecipe.model_validate({"dsnot": own, **settings})

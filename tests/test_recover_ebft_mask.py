@@ -34,7 +34,7 @@ def highest(S: Tensor, mask: Mask, width: int) -> Mask:
     """The highest scores of each stretch of `width`, as many as `mask` keeps there; one stretch at a time."""
     chosen = torch.zeros_like(mask).view(-1, width)
     for place, (scores, kept) in enumerate(zip(S.view(-1, width), mask.view(-1, width), strict=True)):
-        order = sorted(range(width), key=lambda j, scores=scores: (-float(scores[j]), j))
+        order = scores.argsort(descending=True, stable=True)
         chosen[place, order[: int(kept.sum())]] = True
     return chosen.view(mask.shape)
 
@@ -57,7 +57,9 @@ def plain_training(given: Sample, lr: float, chosen: RecoveryRecipe) -> dict[str
             output = torch.func.functional_call(given.block, used, (given.io.inputs.states[rows],))
             (output - given.io.targets.states[rows]).square().mean().backward()
             for name, scores in S.items():
-                scores.grad = used[name].grad * dense[name]
+                gradient = used[name].grad
+                assert gradient is not None
+                scores.grad = gradient * dense[name]
             torch.nn.utils.clip_grad_norm_(S.values(), 1.0)
             optimizer.param_groups[0]["lr"] = lr * learning_rate_factor(done, steps, "cosine", 0.05)
             optimizer.step()
@@ -152,7 +154,8 @@ def test_scores_start_at_the_masks_choice(transposed: bool) -> None:
     assert torch.equal(scored.mask(), mask)
     scored.scores.requires_grad_(True)
     assert torch.equal(scored.weight(), dense * mask)
-    scored.weight().sum().backward()
+    scored.weight().sum().backward()  # type: ignore[no-untyped-call]
+    assert scored.scores.grad is not None
     assert torch.equal(scored.scores.grad, dense)
     with torch.no_grad():
         scored.scores.normal_(generator=generator)

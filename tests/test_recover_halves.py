@@ -68,7 +68,7 @@ def block_of(name: str, **overrides: Any) -> tuple[nn.Module, BlockIO, dict[str,
         masks[matrix.parameter] = weight.abs() > weight.abs().median()
         weight.masked_fill_(~masks[matrix.parameter], 0.0)
     inputs, targets = captured.hidden, forward(dense, captured.hidden)
-    stores = [Activations.filled(part) for part in (*inputs.split([7, 3]), *targets.split([7, 3]))]
+    stores = [Activations.filled(part) for part in (inputs[:7], inputs[7:], targets[:7], targets[7:])]
     io = BlockIO(
         stores[0],
         stores[2],
@@ -135,6 +135,7 @@ def test_halves_share_the_weights_between_them() -> None:
 def test_first_half_aims_at_the_dense_state() -> None:
     """The wanted state is the dense block's residual after its attention, on sparse or on dense inputs."""
     block, io, _ = block_of("llama")
+    assert io.load_dense is not None
     dense: Any = io.load_dense()
     seen: list[Tensor] = []
     dense.post_attention_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
