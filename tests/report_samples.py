@@ -24,6 +24,8 @@ from compressor.report.schema import (
     Report,
     SizeFacts,
     SparsityFacts,
+    TaskRow,
+    TaskScore,
     ValidationFacts,
     WeightRow,
 )
@@ -173,6 +175,16 @@ def fields(num_blocks: int = 16) -> dict[str, Any]:
             protocol={"windows": 256, "window": 1024, "heldout": 16, "sampler": "joined", "seed": 0},
         ),
         "validation": ValidationFacts(passed=True, provider="CPUExecutionProvider", checks=check_rows()),
+        "tasks": (
+            TaskRow(
+                task="piqa",
+                metric="acc",
+                documents=1838,
+                higher_is_better=True,
+                onnx=TaskScore(value=0.7512, stderr=0.0101),
+                recovered=TaskScore(value=0.75, stderr=0.0102),
+            ),
+        ),
         "load": LoadFacts(
             seconds=1.25, resident_bytes=2**31, note="112 of 146 weights are sparse initializers."
         ),
