@@ -23,7 +23,7 @@ def export(tmp_path: Path) -> ToyExport:
 
 
 def test_examination_reports_every_check_in_order(export: ToyExport) -> None:
-    """All names but the optional ones are there, in their order, with provider, type, costs and all four perplexities."""
+    """All names but optional ones are there, in order, with provider, type, costs and all four perplexities."""
     seen: list[ValidationProgress] = []
     report = examine(export.request, seen.append)
     always = tuple(name for name in CHECK_NAMES if name not in OPTIONAL_CHECKS)
