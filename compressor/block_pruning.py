@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from compressor.block_sparsity import block_patterns
 from compressor.linears import IgnoreRules, PrunableMatrix
 from compressor.models.source import BlockSource
 from compressor.progress import Notice, Progress, StageStarted
@@ -92,7 +93,8 @@ def prepare_pruning(
         progress(StageStarted("survey", f"{source.num_blocks} dense blocks, inputs of heads and neurons"))
         plan = plan_removal(source, ids, device, anatomy, pruning.flap, pattern.sparsity, stop=stop)
         return UnitPruning(plan, pattern)
-    return MaskPruning(source.blocks_name, pruning, [pattern] * source.num_blocks, device, progress)
+    patterns = block_patterns(source, pruning, pattern, ignore, ids, device, stop=stop, progress=progress)
+    return MaskPruning(source.blocks_name, pruning, patterns, device, progress)
 
 
 class MaskPruning:

@@ -15,9 +15,17 @@ def check_combination(recipe: Recipe) -> None:
     """Do nothing where pruner, pattern, recovery and gates of a recipe fit each other.
 
     Raises:
-        UsageError: E-FLAP-PATTERN, E-FLAP-RECOVERY, E-FLAP-GATE, E-FLAP-UNIFORM, E-UNIFORM-PRUNER.
+        UsageError: E-ALLOCATION-PATTERN, E-FLAP-ALLOCATION, E-FLAP-PATTERN, E-FLAP-RECOVERY, E-FLAP-GATE,
+            E-FLAP-UNIFORM, E-UNIFORM-PRUNER.
     """
     pruning = recipe.pruning
+    if pruning.allocation != "uniform" and pruning.pattern is not None:
+        raise UsageError(
+            "E-ALLOCATION-PATTERN",
+            f"pattern {pruning.pattern} leaves every block the same share of zeros, allocation {pruning.allocation} "
+            "none",
+            "leave --allocation out, or give --sparsity in the place of --pattern",
+        )
     if pruning.method == "flap":
         _check_flap(recipe)
     elif pruning.flap.uniform:
@@ -30,6 +38,13 @@ def check_combination(recipe: Recipe) -> None:
 
 def _check_flap(recipe: Recipe) -> None:
     flap = recipe.pruning.flap
+    if recipe.pruning.allocation != "uniform":
+        raise UsageError(
+            "E-FLAP-ALLOCATION",
+            f"flap shares the sparsity out itself (pruning.flap.structure), allocation {recipe.pruning.allocation} is "
+            "for zeros in matrices",
+            "leave --allocation out, or give an unstructured pruner, such as --pruner wanda",
+        )
     if recipe.pruning.pattern is not None:
         raise UsageError(
             "E-FLAP-PATTERN",

@@ -35,7 +35,22 @@ class FlapRecipe(_Section):
     structure: Literal["AL-AM", "AL-MM", "UL-UM", "UL-MM"] = "AL-AM"
     remove_heads: Annotated[int, Field(ge=0, le=10_000_000)] = 8  # over all layers; AL-MM and UL-MM only
     bias_compensation: bool = True
-    uniform: bool = False  # as many heads and neurons in every layer, no new biases: loads in stock transformers
+    uniform: bool = (
+        False  # as many heads and neurons in every layer, no new biases: loads in stock transformers
+    )
+
+
+class OwlRecipe(_Section):
+    """Layer sparsities by outliers (arXiv 2310.05175), as published."""
+
+    lmbda: NonNegative = 0.08  # λ: no two blocks' sparsities differ by more than 2 λ
+    m: Positive = 5.0  # a score above m times the block's mean is an outlier
+
+
+class LinearRecipe(_Section):
+    """Layer sparsities that rise, or fall, from block to block in equal steps (arXiv 2502.14770)."""
+
+    slope: Annotated[float, Field(gt=-1, lt=1, allow_inf_nan=False)] = 0.01  # from one block to the next
 
 
 class AdmmRecipe(_Section):
@@ -78,6 +93,11 @@ class PruningRecipe(_Section):
     admm: AdmmRecipe = AdmmRecipe()
     alps: AlpsRecipe = AlpsRecipe()
     flap: FlapRecipe = FlapRecipe()
+    allocation: Literal["uniform", "owl", "linear"] = (
+        "uniform"  # of the sparsity to blocks, where zeros are free
+    )
+    owl: OwlRecipe = OwlRecipe()
+    linear: LinearRecipe = LinearRecipe()
 
     @model_validator(mode="after")
     def _one_target(self) -> PruningRecipe:

@@ -121,14 +121,13 @@ def find_anatomy(
         block = source.block_structure(index)
         matrices = prunable_matrices(block, f"{source.blocks_name}.{index}", ignore)
         prunable = {matrix.parameter for matrix in matrices}
-        form = tuple((path, type(module)) for path, module in block.named_modules()), tuple(
-            (name, parameter.shape) for name, parameter in block.named_parameters()
+        form = (
+            tuple((path, type(module)) for path, module in block.named_modules()),
+            tuple((name, parameter.shape) for name, parameter in block.named_parameters()),
         )
         if form not in tried:
             tried[form] = _units_of(source, index)
-        own = tuple(
-            group for group in tried[form] if {f"{path}.weight" for path in group.layers} <= prunable
-        )
+        own = tuple(group for group in tried[form] if {f"{path}.weight" for path in group.layers} <= prunable)
         groups.append(own)
         weights.append(sum(matrix.of(block).numel() for matrix in matrices))
         per_unit.append(tuple(group.weights_per_unit(block) for group in own))

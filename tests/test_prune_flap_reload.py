@@ -155,7 +155,9 @@ def test_prune_flap_uniform_folder_loads_in_stock_transformers(tmp_path: Path, n
 @pytest.mark.parametrize("name", ["gpt2", "falcon"])
 def test_prune_flap_uniform_sets_a_width_that_was_implied(tmp_path: Path, name: str) -> None:
     """A config that leaves the MLP's width open, as four times the hidden size, gets it spelled out."""
-    source = open_tiny(tmp_path / "in", name, **{"gpt2": {"n_inner": None}, "falcon": {"ffn_hidden_size": None}}[name])
+    source = open_tiny(
+        tmp_path / "in", name, **{"gpt2": {"n_inner": None}, "falcon": {"ffn_hidden_size": None}}[name]
+    )
     plan, widths = planned(source, 0.3, uniform=True), uniform_widths(source, 0.3)
     expected = write_pruned(source, tmp_path / "out", plan, widths)
     torch.testing.assert_close(stock_logits(tmp_path / "out", name), expected, rtol=1e-5, atol=1e-5)

@@ -136,6 +136,15 @@ def test_prune_flap_says_how_much_could_go(tmp_path: Path) -> None:
     assert refused.value.error_id == "E-FLAP-TARGET"
 
 
+@pytest.mark.parametrize("structure", ["AL-AM", "AL-MM", "UL-UM", "UL-MM"])
+@pytest.mark.parametrize("metric", ["WIFV", "IFV", "WIFN"])
+def test_prune_flap_takes_every_structure_and_metric(tmp_path: Path, structure: str, metric: str) -> None:
+    """All published ways of sharing out and scoring meet the target by less than one neuron."""
+    plan = planned(open_tiny(tmp_path, "opt"), structure=structure, metric=metric, remove_heads=2)
+    neuron = 2 * 32
+    assert 0 <= 0.3 * sum(plan.weights) - sum(plan.removed) < neuron
+
+
 def test_prune_flap_plan_repeats_exactly(tmp_path: Path) -> None:
     """Equal models, windows and settings give the same cuts bit for bit."""
     first, second = (planned(open_tiny(tmp_path / run)) for run in ("one", "two"))

@@ -27,6 +27,7 @@ class Setting:
     help: str
     metavar: str | None = None
     multiple: bool = False
+    is_flag: bool = False  # without a value: giving it sets the key to true
 
     @property
     def parameter(self) -> str:
@@ -56,8 +57,21 @@ PRUNING = Section(
         Setting(
             "--pruner",
             "pruning.method",
-            click.Choice(["magnitude", "wanda", "sparsegpt", "admm", "alps"]),
-            "How the weights that go are chosen.",
+            click.Choice(["magnitude", "wanda", "sparsegpt", "admm", "alps", "flap"]),
+            "How the weights that go are chosen; flap takes out whole heads and neurons.",
+        ),
+        Setting(
+            "--allocation",
+            "pruning.allocation",
+            click.Choice(["uniform", "owl", "linear"]),
+            "How the sparsity is shared out over blocks; flap has its own way.",
+        ),
+        Setting(
+            "--uniform",
+            "pruning.flap.uniform",
+            bool,
+            "flap: the same widths in every layer and no new biases, so that stock transformers loads the model.",
+            is_flag=True,
         ),
         Setting(
             "--ignore",
@@ -214,16 +228,10 @@ def settings(*sections: Section) -> Callable[[Command], Command]:
 
 
 def _flag(heading: str, row: Setting) -> Decorator:
-    return click.option(
-        row.flag,
-        row.parameter,
-        type=row.type,
-        multiple=row.multiple,
-        metavar=row.metavar,
-        help=row.help,
-        cls=SectionedOption,
-        section=heading,
-    )
+    value: dict[str, Any] = {"type": row.type, "multiple": row.multiple, "metavar": row.metavar}
+    if row.is_flag:
+        value = {"is_flag": True, "default": None}
+    return click.option(row.flag, row.parameter, help=row.help, cls=SectionedOption, section=heading, **value)
 
 
 def flag(section: str, *declarations: str, **attributes: Any) -> Decorator:

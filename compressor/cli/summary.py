@@ -34,9 +34,7 @@ NOT_SMALLER = (
 )
 
 
-SMALLER = (
-    "Smaller on disk and in memory, and fewer operations: heads and neurons are gone, not set to zero."
-)
+SMALLER = "Smaller on disk and in memory, and fewer operations: heads and neurons are gone, not set to zero."
 
 
 def verdict(passed: bool | None) -> str:

@@ -146,9 +146,7 @@ def plain_outline(checkpoint: Checkpoint, widths: Mapping[str, int] | None = Non
     if widths:
         config = CONFIG_MAPPING[config.model_type].from_dict({**checkpoint.settings, **widths})
     with torch.device("meta"), quiet_transformers():
-        return AutoModelForCausalLM.from_config(
-            config, trust_remote_code=checkpoint.architecture.remote_code
-        )
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=checkpoint.architecture.remote_code)
 
 
 def _outline(checkpoint: Checkpoint) -> Any:

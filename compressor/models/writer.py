@@ -21,7 +21,15 @@ from compressor.models.weight_files import INDEX
 from compressor.sparsity import Mask
 from exporters.masks import PackedMask, pack_mask, write_masks
 
-__all__ = ["CONFIG_NAME", "MASKS_NAME", "BlockWriter", "CheckpointWriter", "round_block", "stored_mask", "write_json"]
+__all__ = [
+    "CONFIG_NAME",
+    "MASKS_NAME",
+    "BlockWriter",
+    "CheckpointWriter",
+    "round_block",
+    "stored_mask",
+    "write_json",
+]
 
 CONFIG_NAME = "config.json"
 MASKS_NAME = "masks.safetensors"

@@ -251,9 +251,7 @@ def block_targets(report: Report) -> str | None:
     targets = [block.target_sparsity for block in report.blocks]
     if not any(target is not None for target in targets):
         return None
-    shares = [
-        units.percent(report.sparsity.target if target is None else target, 1) for target in targets
-    ]
+    shares = [units.percent(report.sparsity.target if target is None else target, 1) for target in targets]
     return f"Targets of the blocks, first to last: {', '.join(shares)}."
 
 
