@@ -14,6 +14,8 @@ from compressor import compress
 HALF, TWO_OF_FOUR = {"pruning__sparsity": 0.5}, {"pruning__pattern": "2:4"}
 DSNOT = {"recovery__method": "dsnot", "recovery__dsnot": {"skip": [], "update_threshold": 0.0}}
 EBFT_MASK = {"recovery__method": "ebft-mask", "recovery__lr": 0.5}  # few steps, so that long ones are needed
+SPLIT = {"recovery__window": "split", "recovery__first_token": "per_token"}
+OVERLAP = {"recovery__window": "overlap", "recovery__start": "least_squares"}
 RUNS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", DSNOT, HALF),
     ("gpt2", DSNOT, TWO_OF_FOUR),
@@ -22,6 +24,9 @@ RUNS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", EBFT_MASK, TWO_OF_FOUR),
     ("gpt2", EBFT_MASK, HALF),
     ("qwen3_moe", EBFT_MASK, HALF),
+    ("qwen3_moe", SPLIT, HALF),
+    ("gpt2", OVERLAP, TWO_OF_FOUR),
+    ("qwen3_moe", OVERLAP, HALF),
 ]
 
 
