@@ -116,7 +116,7 @@ def test_pipeline_report_is_the_result(workshop: Workshop) -> None:
     assert read_report(result.report_path).tree() == result.report
     assert result.html_path.read_text(encoding="utf-8").lower().startswith("<!doctype html>")
     report = result.report
-    assert report["sparsity"] == {"target": 0.5, "measured": 0.5, "pattern": None}
+    assert report["sparsity"] == {"target": 0.5, "measured": 0.5, "pattern": None, "structured": False}
     assert all(report["perplexity"][key] > 1 for key in ("dense", "pruned", "recovered", "onnx"))
     assert report["size"]["source_bytes"] == (workshop.model / "model.safetensors").stat().st_size
     assert report["size"]["dense_bytes"] == 4 * unique_parameters(workshop.model)
