@@ -157,6 +157,19 @@ def test_cli_run_options_become_the_recipe(terminal: Terminal, fake: FakePipelin
     }
 
 
+def test_cli_run_options_of_structure_become_the_recipe(
+    terminal: Terminal, fake: FakePipeline, out: Path
+) -> None:
+    """A flag without a value sets its key, and leaves it to the recipe where it is not given."""
+    assert terminal.run("run", "model", "--out", out, "--pruner", "flap", "--uniform").code == 0
+    assert recipe_of(fake) == read_recipe(None, {"pruning.method": "flap", "pruning.flap.uniform": True})
+    assert terminal.run("run", "model", "--out", out, "--force", "--allocation", "owl").code == 0
+    assert recipe_of(fake) == read_recipe(None, {"pruning.allocation": "owl"})
+    kept = terminal.run("run", "model", "--out", out, "--force", "--set", "pruning.flap.uniform=true")
+    assert kept.code == 0
+    assert recipe_of(fake).pruning.flap.uniform is True
+
+
 def test_cli_run_takes_both_dashes(terminal: Terminal, fake: FakePipeline, out: Path) -> None:
     """An underscore in an option's name is a dash."""
     assert terminal.run("run", "model", "--out", out, "--max_eval_windows", "3", "--no_validate").code == 0
