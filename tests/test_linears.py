@@ -12,8 +12,8 @@ from tiny_checkpoints import write_checkpoint
 from torch import Tensor, nn
 
 from compressor.errors import UsageError
-from compressor.models.checkpoint import open_checkpoint
 from compressor.linears import IgnoreRules, PrunableMatrix, observe_inputs, prunable_matrices
+from compressor.models.checkpoint import open_checkpoint
 from compressor.models.source import LoadedSource, open_source
 
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressor.errors import InputRefused, ReportedError
+from compressor.linears import IgnoreRules, prunable_matrices
 from compressor.models.checkpoint import open_checkpoint
 from compressor.models.export_view import export_parts
-from compressor.linears import IgnoreRules, prunable_matrices
 from compressor.models.quiet import quiet_transformers
 from compressor.models.reference import load_reference
 from compressor.models.source import LoadedSource, open_source
