@@ -162,6 +162,14 @@ def test_compare_page_escapes_names() -> None:
     assert "<img" not in render_page(sample_comparison(cells=(made,), model=model))
 
 
+def test_compare_page_shows_what_cells_had_to_say() -> None:
+    """A notice of a cell, such as zeros that a merge has filled, stands on the page under the cell's name."""
+    filled = figures(20.0, 10.0).model_copy(update={"notices": ("lora: 12 zeros were filled",)})
+    page = render_page(sample_comparison(cells=(cell("wanda", "0.5", "lora", filled),)))
+    assert "<strong>wanda 50 % lora</strong>: lora: 12 zeros were filled" in page
+    assert "What cells had to say" not in render_page(sample_comparison())
+
+
 def test_compare_page_without_a_finished_cell_has_no_drawings() -> None:
     """A grid that was stopped at once still gives a page that says so."""
     page = render_page(sample_comparison(cells=(cell("wanda", "0.5", "none"),)))

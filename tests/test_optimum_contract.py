@@ -14,6 +14,7 @@ import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import architectures
 import pytest
@@ -22,6 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressor import compress
+from compressor.models.checkpoint import open_checkpoint
+from compressor.models.loading import load_causal_lm
 
 INTERPRETER = os.environ.get("BLOCKPRESS_OPTIMUM_PYTHON")
 SCRIPT = Path(__file__).with_name("optimum_generate.py")
@@ -45,9 +48,12 @@ PROMPTS: Prompts = {
 }
 
 
-def check_same_tokens(model: Path, scratch: Path, prompts: Prompts, attention: str = "sdpa") -> None:
+def check_same_tokens(
+    model: Path, scratch: Path, prompts: Prompts, attention: str = "sdpa", **settings: Any
+) -> None:
     """Prune `model`, export it as a folder, and compare optimum's greedy tokens on it with PyTorch's."""
-    recipe = tiny_models.short_recipe(tiny_models.write_texts(scratch), recovery__method="none")
+    texts = tiny_models.write_texts(scratch)
+    recipe = tiny_models.short_recipe(texts, recovery__method="none", **settings)
     for out in ("sparse.onnx", "folder"):  # the same weights twice: the first leaves the PyTorch model
         compress(model, scratch / out, recipe, validate=False)
     expected = torch_greedy(scratch / "sparse.hf", prompts, attention)
@@ -57,9 +63,13 @@ def check_same_tokens(model: Path, scratch: Path, prompts: Prompts, attention: s
 
 def torch_greedy(folder: Path, prompts: Prompts, attention: str) -> dict[str, Rows]:
     """What the model in `folder` generates in PyTorch, by prompt."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attention
-    ).eval()
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.structure is None:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=attention
+        ).eval()
+    else:  # layers with widths of their own, which transformers does not load
+        model = load_causal_lm(checkpoint, torch.float32)
     made = {}
     for name, (ids, mask) in prompts.items():
         rows = model.generate(
@@ -98,6 +108,17 @@ def test_optimum_generates_the_tokens_of_the_sparse_model(tmp_path: Path, name: 
     """Alone and in a left-padded batch, greedy decoding over the cache gives PyTorch's tokens."""
     model = tiny_models.save_variant(tmp_path / name, name)
     check_same_tokens(model, tmp_path, PROMPTS, architectures.ATTENTION.get(name, "sdpa"))
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen3", "gpt2"])
+@pytest.mark.parametrize("uniform", [True, False])
+def test_optimum_generates_the_tokens_of_a_model_without_some_heads(
+    tmp_path: Path, name: str, uniform: bool
+) -> None:
+    """Fewer heads and neurons, as many in every layer or not, decode to PyTorch's tokens as well."""
+    model = tiny_models.save_variant(tmp_path / name, name)
+    settings = {"pruning__method": "flap", "pruning__sparsity": 0.4, "pruning__flap__uniform": uniform}
+    check_same_tokens(model, tmp_path, PROMPTS, **settings)
 
 
 def test_optimum_generates_the_tokens_of_the_example_model(tmp_path: Path) -> None:

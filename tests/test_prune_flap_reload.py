@@ -29,7 +29,9 @@ from compressor.models.checkpoint import open_checkpoint, open_tokenizer
 from compressor.models.loading import load_causal_lm
 from compressor.models.quiet import quiet_transformers
 from compressor.models.source import open_source
-from compressor.models.structure import KEY
+from compressor.models.structure import KEY, difference
+from compressor.pruned_model import StoredPrunedModel
+from compressor.structured import prune_units
 
 # Heads that go keep the config valid for these; Llama's and Gemma's want the hidden size to be a multiple of them.
 UNIFORM_HEADS = ("mistral", "qwen2", "qwen3", "smollm3")
@@ -121,6 +123,25 @@ def test_prune_flap_can_prune_again(pruned: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(our_logits(tmp_path / "again"), expected, rtol=1e-5, atol=1e-5)
     sizes = [open_checkpoint(folder).source_bytes for folder in (pruned, tmp_path / "again")]
     assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_prune_flap_pruned_model_is_remembered_between_cells(tmp_path: Path, name: str) -> None:
+    """A comparison's stored pruned blocks come back with their shapes, head counts and new biases."""
+    source = open_tiny(tmp_path / "in", name)
+    plan = planned(source)
+    recording = StoredPrunedModel(tmp_path / "pruned", source.load_block, recording=True)
+    reading = StoredPrunedModel(tmp_path / "pruned", source.load_block, recording=False)
+    hidden = source.embed(IDS)
+    for index, cuts in enumerate(plan.cuts):
+        block, again = source.load_block(index), source.load_block(index)
+        prune_units(block, cuts)
+        recording.keep(index, block, {}, ("a note",))
+        assert reading.apply(index, again) == ({}, ("a note",))
+        assert difference(again, block).is_plain
+        with torch.no_grad():
+            outputs = [source.forward(index, each, hidden) for each in (block, again)]
+        assert torch.equal(*outputs)
 
 
 def test_prune_flap_folder_repeats_bit_for_bit(tmp_path: Path) -> None:

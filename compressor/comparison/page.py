@@ -51,6 +51,12 @@ def render_page(comparison: Comparison) -> str:
         markers=[(_MARKER_SIGNS[sign], name) for name, sign in plots.pruner_markers(comparison).items()],
         tables=table.tables_of(comparison),
         protocol=table.protocol_lines(comparison),
+        told=[
+            (f"{cell.pruner} {target_label(cell.target)} {cell.method}", notice)
+            for cell in comparison.cells
+            if cell.figures is not None
+            for notice in cell.figures.notices
+        ],
         recipe=recipe_sections(comparison.recipe),
         calibration=list(settings(comparison.calibration.protocol)),
     )
