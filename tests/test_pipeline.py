@@ -236,7 +236,12 @@ def test_pipeline_export_of_a_dense_model_masks_nothing(workshop: Workshop, tmp_
     """A dense baseline is exported dense, and validates."""
     result = export(workshop.model, tmp_path / "dense.onnx", workshop.recipe())
     assert result.passed is True
-    assert result.report["sparsity"] == {"target": None, "measured": 0.0, "pattern": None, "structured": False}
+    assert result.report["sparsity"] == {
+        "target": None,
+        "measured": 0.0,
+        "pattern": None,
+        "structured": False,
+    }
     assert read_masks(tmp_path / "dense.hf" / "masks.safetensors") == {}
     assert set(result.report["size"]["by_encoding"]) == {"dense"}
     assert not any(zeros.any() for zeros in zeros_of(result.out).values())
