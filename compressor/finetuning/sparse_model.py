@@ -16,8 +16,9 @@ from compressor.linears import PrunableMatrix
 from compressor.sparsity import Mask
 from compressor.streams import Activations
 
-# On the CPU the activations of a step are kept up to this size, on CUDA never: running a block twice costs a third
-# of the step's time, memory there is what decides whether the model fits at all.
+# On the CPU the activations of a step are kept up to this size, on CUDA never, where memory decides whether the
+# model fits at all. Running blocks twice took 0.52 s of processor time a step and 0.37 s without (8 x 256 tokens of
+# examples/tiny-llm, one thread), and let the process grow by 111 MiB instead of 189.
 KEPT_ACTIVATIONS_BYTES = 2**30
 
 
@@ -90,7 +91,7 @@ def hidden_states(
         blocks: The model's own, or others in their place.
         ids: (B, T).
         recompute: Forget what is inside a block until the backward pass, which runs it again (gradient
-            checkpointing, arXiv 1604.06174): the same gradients, less memory, a third more time.
+            checkpointing, arXiv 1604.06174): the same gradients, less memory, more time.
     """
     hidden = model.embed(ids)
     states = []
