@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from compressor.delivery import CompressionResult
     from compressor.exporting import export
     from compressor.pipeline import compress
-    from compressor.recipe import Recipe, read_recipe
+    from compressor.recipe import Recipe
+    from compressor.recipe_file import read_recipe
     from compressor.validation import validate_export as validate
     from exporters.errors import ReportedError
     from exporters.inspect import inspect_model as inspect
@@ -44,7 +45,7 @@ _HOMES = {
     "compress": ("compressor.pipeline", "compress"),
     "export": ("compressor.exporting", "export"),
     "inspect": ("exporters.inspect", "inspect_model"),
-    "read_recipe": ("compressor.recipe", "read_recipe"),
+    "read_recipe": ("compressor.recipe_file", "read_recipe"),
     "validate": ("compressor.validation", "validate_export"),
 }
 

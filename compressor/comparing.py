@@ -26,7 +26,8 @@ from compressor.devices import dtype_name, resolve_device
 from compressor.models.checkpoint import Checkpoint, open_checkpoint
 from compressor.models.source import max_seqlen
 from compressor.progress import Notice, Progress, StageStarted, TextReady, silent
-from compressor.recipe import EvaluationRecipe, Recipe, read_recipe
+from compressor.recipe import EvaluationRecipe, Recipe
+from compressor.recipe_file import read_recipe
 from compressor.report.schema import ModelFacts, portable_name
 from compressor.reporting import installed_versions
 

@@ -16,7 +16,8 @@ from compressor.models.writer import CheckpointWriter
 from compressor.opening import OpenModel, open_model
 from compressor.perplexities import PerplexityStreams
 from compressor.progress import Notice, Progress, StageStarted, TextReady, silent
-from compressor.recipe import Recipe, read_recipe
+from compressor.recipe import Recipe
+from compressor.recipe_file import read_recipe
 from compressor.run.measure import Measure
 from compressor.run.output import reserve_output
 from compressor.run.publish import Staging

@@ -15,7 +15,8 @@ from compressor.models.writer import CheckpointWriter
 from compressor.opening import open_model
 from compressor.planning import pattern_of, plan, run_blocks
 from compressor.progress import Progress, StageStarted, silent
-from compressor.recipe import Recipe, read_recipe
+from compressor.recipe import Recipe
+from compressor.recipe_file import read_recipe
 from compressor.run.measure import Measure
 from compressor.run.output import reserve_output
 from compressor.run.publish import Staging

@@ -1,21 +1,13 @@
-"""The recipe: everything that decides what a run computes. YAML in and out; unknown keys are errors."""
+"""The recipe: everything that decides what a run computes, section by section; ``recipe_file`` reads it."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from compressor.errors import UsageError
-
-BUILT_IN_FOLDER = Path(__file__).parent / "recipes"
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -35,9 +27,8 @@ class FlapRecipe(_Section):
     structure: Literal["AL-AM", "AL-MM", "UL-UM", "UL-MM"] = "AL-AM"
     remove_heads: Annotated[int, Field(ge=0, le=10_000_000)] = 8  # over all layers; AL-MM and UL-MM only
     bias_compensation: bool = True
-    uniform: bool = (
-        False  # as many heads and neurons in every layer, no new biases: loads in stock transformers
-    )
+    # as many heads and neurons in every layer, no new biases: loads in stock transformers
+    uniform: bool = False
 
 
 class OwlRecipe(_Section):
@@ -93,9 +84,8 @@ class PruningRecipe(_Section):
     admm: AdmmRecipe = AdmmRecipe()
     alps: AlpsRecipe = AlpsRecipe()
     flap: FlapRecipe = FlapRecipe()
-    allocation: Literal["uniform", "owl", "linear"] = (
-        "uniform"  # of the sparsity to blocks, where zeros are free
-    )
+    # of the sparsity to blocks, where zeros are free
+    allocation: Literal["uniform", "owl", "linear"] = "uniform"
     owl: OwlRecipe = OwlRecipe()
     linear: LinearRecipe = LinearRecipe()
 
@@ -132,9 +122,8 @@ class TrainingRecipe(_Section):
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05  # share of all steps
     max_grad_norm: Positive | None = 1.0
-    selection: Literal["heldout", "last"] = (
-        "heldout"  # which step's weights are kept; heldout includes step 0
-    )
+    # which step's weights are kept; heldout includes step 0
+    selection: Literal["heldout", "last"] = "heldout"
 
 
 class DsnotRecipe(_Section):
@@ -209,9 +198,8 @@ class _RecoveryMethod(_Section):
     method: Literal[
         "ebft", "dsnot", "ebft-mask", "none", "lora", "masked-lora", "spp", "squarehead", "norms"
     ] = "ebft"
-    targets: Literal["block", "model", "blend"] = (
-        "model"  # the dense block on the same inputs, the dense model's own activations, or a mixture
-    )
+    # the dense block on the same inputs, the dense model's own activations, or a mixture
+    targets: Literal["block", "model", "blend"] = "model"
     targets_blend: Annotated[float, Field(ge=0, le=1)] = 0.5  # of blend: the share of the dense model's
     loss: Literal["mse", "normalized"] = "mse"
     first_token: Literal["keep", "exclude", "per_token"] = "keep"  # against massive activations
@@ -264,9 +252,8 @@ class CalibrationRecipe(_Section):
     text_column: str | None = None
     num_samples: Count = 128
     seqlen: Annotated[Count, Field(ge=2)] | None = None  # None: min(2048, the model's limit)
-    sampler: Literal["joined", "strict"] = (
-        "joined"  # strict: documents longer than the window only, as published
-    )
+    # strict: documents longer than the window only, as published
+    sampler: Literal["joined", "strict"] = "joined"
     heldout: Annotated[float, Field(gt=0, lt=0.5)] = (
         0.125  # share of windows kept apart for step and learning-rate selection
     )
@@ -319,186 +306,3 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """The recipe as YAML, every key written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def built_in_recipes() -> dict[str, Path]:
-    """Name and file of each recipe that the package ships."""
-    return {path.stem: path for path in sorted(BUILT_IN_FOLDER.glob("*.yaml"))}
-
-
-def read_recipe(source: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe of a file or built-in name, with dotted overrides (``{"recovery.lr": 1e-3}``) on top.
-
-    Args:
-        source: A YAML file, the name of a built-in recipe, or ``None`` for ``default``.
-        overrides: Dotted key to value; a value beats the file, the file beats the defaults. Setting one of
-            ``pruning.sparsity`` and ``pruning.pattern`` clears the other one of the file.
-
-    Raises:
-        UsageError: The file is absent or no YAML mapping, a key is unknown, a value is out of range.
-    """
-    tree = _read_tree("default" if source is None else source)
-    overrides = dict(overrides or {})
-    if "pruning.sparsity" in overrides and "pruning.pattern" in overrides:
-        raise UsageError(
-            "E-SPARSITY-AND-PATTERN",
-            "sparsity and pattern exclude each other",
-            "give --sparsity or --pattern, not both",
-        )
-    for key, other in (("pruning.sparsity", "pattern"), ("pruning.pattern", "sparsity")):
-        if key in overrides and isinstance(tree.get("pruning"), dict):
-            tree["pruning"].pop(other, None)
-    for key, value in overrides.items():
-        check_key(key, "overrides")
-        _set_dotted(tree, key, value)
-    return parse_recipe(tree, str(source or "default"), overrides)
-
-
-def read_overrides(overrides: Mapping[str, Any]) -> Recipe:
-    """The defaults with dotted overrides on top; each section knows which of its keys were set.
-
-    Raises:
-        UsageError: A key is unknown or a value is out of range.
-    """
-    tree: dict[str, Any] = {}
-    for key, value in overrides.items():
-        check_key(key, "overrides")
-        _set_dotted(tree, key, value)
-    return parse_recipe(tree, given=overrides)
-
-
-def parse_recipe(tree: Mapping[str, Any], origin: str = "recipe", given: Collection[str] = ()) -> Recipe:
-    """The recipe of a nested mapping.
-
-    Args:
-        tree: Sections and their keys.
-        origin: Where the tree comes from, for messages.
-        given: Dotted keys that the caller has set on top; what is wrong with one is not blamed on ``origin``.
-
-    Raises:
-        UsageError: A key is unknown (the nearest known one is named) or a value is out of range.
-    """
-    try:
-        return Recipe.model_validate(dict(tree))
-    except ValidationError as error:
-        raise _usage_error(error, origin, given) from None
-
-
-def _read_tree(source: str | Path) -> dict[str, Any]:
-    path = Path(source)
-    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        known = built_in_recipes()
-        if str(source) not in known:
-            near = difflib.get_close_matches(str(source), known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UsageError(
-                "E-RECIPE-NOT-FOUND",
-                f"no recipe file or built-in recipe named {source}",
-                f"{hint}built-in recipes: {', '.join(known)}",
-            )
-        path = known[str(source)]
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
-        first = " ".join(str(error).split())
-        raise UsageError(
-            "E-RECIPE-SYNTAX",
-            f"{path.name} is not plain YAML: {first}",
-            "mend the file; tags are not allowed",
-        ) from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UsageError(
-            "E-RECIPE-SYNTAX",
-            f"{path.name} must be a mapping of sections, got {type(tree).__name__}",
-            "start from recipes/default.yaml",
-        )
-    return tree
-
-
-def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
-    *sections, leaf = key.split(".")
-    node = tree
-    for section in sections:
-        child = node.setdefault(section, {})
-        if not isinstance(child, dict):
-            raise UsageError(
-                "E-RECIPE-KEY",
-                f"{key}: {section} is not a section of the recipe",
-                "see recipes/default.yaml for the keys",
-            )
-        node = child
-    node[leaf] = value
-
-
-def check_key(key: str, origin: str) -> None:
-    """Do nothing when a recipe can have the dotted ``key``; ``origin`` is who named it, for the message.
-
-    Raises:
-        UsageError: E-RECIPE-KEY: it cannot; the nearest known key is named.
-    """
-    known = list(recipe_keys())
-    if key not in known:
-        raise UsageError("E-RECIPE-KEY", f"{origin}: unknown key {key}", _suggestion(key, known))
-
-
-def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
-    """Every dotted key that a recipe can have, sections included."""
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from recipe_keys(annotation, f"{prefix}{name}.")
-
-
-def _usage_error(error: ValidationError, origin: str, given: Collection[str] = ()) -> UsageError:
-    """The first trouble, with the recipe it came from unless the caller set that key."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
-    known = list(recipe_keys())
-    while len(place) > 1 and ".".join(place) not in known and first["type"] != "extra_forbidden":
-        place.pop()  # an index, or the name of one alternative of a union
-    key = ".".join(place)
-    on_top = any(key == one or key.startswith(f"{one}.") for one in given)
-    where = "" if on_top else f"{origin}: "
-    if first["type"] == "extra_forbidden":
-        return UsageError("E-RECIPE-KEY", f"{where}unknown key {key}", _suggestion(key, known))
-    if key == "pruning.sparsity":
-        return UsageError(
-            "E-SPARSITY-RANGE",
-            f"{where}sparsity must be between 0 and 1, both excluded; got {first['input']}",
-            "give a share such as 0.5 for 50 %",
-        )
-    if first["type"] == "string_pattern_mismatch" and key == "pruning.pattern":
-        return UsageError(
-            "E-PATTERN-SYNTAX",
-            f"{where}a pattern is N:M, two whole numbers; got {first['input']!r}",
-            "give a pattern such as 2:4",
-        )
-    if first["type"] == "value_error" and key == "pruning":
-        return UsageError(
-            "E-SPARSITY-AND-PATTERN", f"{where}sparsity and pattern exclude each other", "keep one of the two"
-        )
-    return UsageError(
-        "E-RECIPE-VALUE",
-        f"{where}{key}: {first['msg']}; got {first['input']!r}",
-        "see recipes/default.yaml for each key's range",
-    )
-
-
-def _suggestion(key: str, known: Sequence[str]) -> str:
-    """The key of that name in another section, else the nearest: of the same section, of any; else a list."""
-    section, _, leaf = key.rpartition(".")
-    siblings = [other for other in known if other.rpartition(".")[0] == section]
-    namesakes = [other for other in known if other.rpartition(".")[2] == leaf]
-    for candidates in (namesakes, siblings, known):
-        leaves = {other.rpartition(".")[2]: other for other in reversed(candidates)}
-        near = difflib.get_close_matches(leaf, leaves, n=1)
-        if near:
-            return f"did you mean {leaves[near[0]]}?"
-    sections = {other.rpartition(".")[0] for other in known}
-    while section not in sections:  # the whole recipe, "", is one
-        section = section.rpartition(".")[0]
-    names = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
-    return f"{section or 'a recipe'} has {', '.join(names)}"

@@ -20,7 +20,8 @@ from compressor.models.checkpoint import open_checkpoint, open_tokenizer
 from compressor.models.source import max_seqlen
 from compressor.models.writer import MASKS_NAME
 from compressor.progress import Notice, Progress, StageStarted, TextReady, silent
-from compressor.recipe import EvaluationRecipe, GatesRecipe, parse_recipe
+from compressor.recipe import EvaluationRecipe, GatesRecipe
+from compressor.recipe_file import parse_recipe
 from compressor.report.schema import Report, read_report
 from compressor.run.output import OutputPlan, name_output
 from validators.checks import Gates, ValidationReport

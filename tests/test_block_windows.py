@@ -19,7 +19,7 @@ from compressor.linears import IgnoreRules
 from compressor.models.checkpoint import open_checkpoint
 from compressor.models.source import LoadedSource, open_source
 from compressor.progress import BlockFinished, Event
-from compressor.recipe import read_overrides
+from compressor.recipe_file import read_overrides
 from compressor.recovery import RECOVERIES, ebft
 from compressor.recovery.block_io import Repaired
 from compressor.sparsity import Mask, SparsityPattern

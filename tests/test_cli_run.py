@@ -20,7 +20,8 @@ from compressor import errors
 from compressor.cli.failures import Interrupted
 from compressor.cli.wording import describe
 from compressor.progress import BlockFinished
-from compressor.recipe import Recipe, read_recipe
+from compressor.recipe import Recipe
+from compressor.recipe_file import read_recipe
 from compressor.run.lock import hold_output
 from exporters.errors import ExportError
 

@@ -11,7 +11,8 @@ from compressor.least_squares import solve_rows
 from compressor.pruning import PRUNERS
 from compressor.pruning.admm import alternate, gradual_choice, scaled_gram
 from compressor.pruning.pruner import Pruned
-from compressor.recipe import PruningRecipe, read_overrides
+from compressor.recipe import PruningRecipe
+from compressor.recipe_file import read_overrides
 from compressor.sparsity import SparsityPattern, holds_n_m, pruned_count
 from compressor.statistics import ColumnNorms, Gram
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from compressor.errors import UsageError
-from compressor.recipe import Recipe, built_in_recipes, parse_recipe, read_overrides, read_recipe, recipe_keys
+from compressor.recipe import Recipe
+from compressor.recipe_file import built_in_recipes, parse_recipe, read_overrides, read_recipe, recipe_keys
 
 
 def refusal(tree: dict[Any, Any]) -> UsageError:

@@ -16,7 +16,8 @@ import architectures
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from compressor.recipe import Recipe, read_recipe
+from compressor.recipe import Recipe
+from compressor.recipe_file import read_recipe
 
 # A place in the vocabulary is its token id; the configs of `architectures` name the first three.
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")

@@ -214,7 +214,7 @@ def _grid(choices: dict[str, Any], recipe: str | None, settings: dict[str, Any])
 
 def _whole(lists: dict[str, Any], recipe: str | None, settings: dict[str, Any]) -> dict[str, Any]:
     """The lists, and what the recipe says for those that are not given."""
-    from compressor.recipe import read_recipe
+    from compressor.recipe_file import read_recipe
 
     base = read_recipe(recipe, settings)
     whole = {
@@ -229,7 +229,7 @@ def _whole(lists: dict[str, Any], recipe: str | None, settings: dict[str, Any]) 
 
 def _evaluations(texts: Sequence[str], settings: dict[str, Any]) -> list[EvaluationRecipe]:
     """One section of the recipe for each text, with what else is set of it."""
-    from compressor.recipe import read_overrides
+    from compressor.recipe_file import read_overrides
 
     common = {key: value for key, value in settings.items() if key.startswith("evaluation.")}
     return [read_overrides({**common, "evaluation.source": text}).evaluation for text in texts]

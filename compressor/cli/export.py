@@ -48,7 +48,7 @@ def command(
 
     with open_session("export", quiet=quiet, verbosity=verbosity) as session:
         settings = options.recipe_overrides(assignments, overrides, seed)
-        from compressor.recipe import read_recipe
+        from compressor.recipe_file import read_recipe
 
         chosen = read_recipe(recipe, settings)
         with stop_at_once(), reserve_output(out, force, model=model):

@@ -334,7 +334,7 @@ def recipe_overrides(
     """
     import yaml
 
-    from compressor.recipe import check_key
+    from compressor.recipe_file import check_key
 
     chosen: dict[str, Any] = dict(flags)
     if seed is not None:

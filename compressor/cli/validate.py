@@ -59,7 +59,7 @@ def command(
     from compressor.cli.summary import summarise_validation
 
     with open_session("validate", quiet=quiet, verbosity=verbosity) as session, stop_at_once():
-        from compressor.recipe import read_overrides
+        from compressor.recipe_file import read_overrides
 
         recipe = read_overrides(overrides)
         from compressor.validation import validate_export

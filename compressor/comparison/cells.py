@@ -10,7 +10,8 @@ from typing import Any, get_args
 from compressor.comparison.failures import CellFailure, failure_of
 from compressor.comparison.grid import Grid, GridTable, Masks, Variant, check_settings, did_you_mean
 from compressor.errors import ReportedError, UsageError
-from compressor.recipe import PruningRecipe, Recipe, RecoveryRecipe, read_recipe
+from compressor.recipe import PruningRecipe, Recipe, RecoveryRecipe
+from compressor.recipe_file import read_recipe
 from compressor.sparsity import SparsityPattern
 
 _UNNAMED = Variant(name="unnamed")

@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressor.errors import UsageError
-from compressor.recipe import EvaluationRecipe, check_key
+from compressor.recipe import EvaluationRecipe
+from compressor.recipe_file import check_key
 from compressor.sparsity import SparsityPattern
 
 PRESETS_FOLDER = Path(__file__).parent / "grids"

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputRefused
-from compressor.pruning.magnitude import magnitude_mask
-from compressor.pruning.pruner import Pruned, check_pattern, check_weight, lowest, lowest_in_groups, without
-from compressor.pruning.wanda import NO_TOKENS
+from compressor.pruning.calibrated import CalibratedPruner
+from compressor.pruning.pruner import Pruned, lowest, lowest_in_groups, without
 from compressor.recipe import AdmmRecipe, PruningRecipe
 from compressor.sparsity import Mask, SparsityPattern, pruned_count
 from compressor.statistics import Gram, Statistic
@@ -23,7 +22,7 @@ from compressor.statistics import Gram, Statistic
 Choose = Callable[[Tensor, int], Mask]  # scores and the iteration, from 0, to what is kept
 
 
-class ADMM:
+class ADMM(CalibratedPruner[Gram]):
     """Prunes by |W + U| over the whole matrix, or by groups, a little more in each of the first iterations.
 
     With ``recipe.update_weights`` the weights are the iteration's, near to the least squares of the mask; without
@@ -32,28 +31,15 @@ class ADMM:
 
     statistic: type[Statistic] | None = Gram
 
-    def prune(
-        self,
-        W: Tensor,
-        statistic: Statistic | None,
-        pattern: SparsityPattern,
-        recipe: PruningRecipe,
-        *,
-        name: str = "weight",
+    def prune_calibrated(
+        self, W: Tensor, statistic: Gram, pattern: SparsityPattern, recipe: PruningRecipe, name: str
     ) -> Pruned:
         """The pruned copy of ``W`` (out, in); floor(out * in * s) zeros, or m - n in each group.
 
         Raises:
             InputRefused: NaN or infinity in the inputs, or a Hessian that the damping does not make definite.
         """
-        assert isinstance(statistic, Gram)
-        check_pattern(name, W.shape[1], pattern)
-        check_weight(name, W)
-        statistic.check_finite(name)
-        W = W.detach().float().contiguous()
-        if statistic.tokens == 0:
-            mask = magnitude_mask(W, pattern)
-            return Pruned(mask, without(W, mask), NO_TOKENS)
+        W = W.contiguous()
         settings = recipe.admm
         A, inverse, lengths = statistic.derived(
             ("admm", settings.damping, settings.penalty), lambda G: _prepared(G, settings, name)

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from compressor.least_squares import conjugate_gradients
 from compressor.pruning.admm import scaled_gram
-from compressor.pruning.magnitude import magnitude_mask
-from compressor.pruning.pruner import Pruned, check_pattern, check_weight, lowest, lowest_in_groups, without
-from compressor.pruning.wanda import NO_TOKENS
+from compressor.pruning.calibrated import CalibratedPruner
+from compressor.pruning.pruner import Pruned, lowest, lowest_in_groups, without
 from compressor.recipe import AlpsRecipe, PruningRecipe
 from compressor.sparsity import Mask, SparsityPattern, pruned_count
 from compressor.statistics import Gram, Statistic
@@ -30,7 +29,7 @@ FIRST_MOVE = 0.005
 SETTLED_AFTER, SETTLED = 30, 0.0003  # from this iteration on, so small a change ends the search
 
 
-class ALPS:
+class ALPS(CalibratedPruner[Gram]):
     """Prunes by |B + dual / ρ| over the whole matrix, or by groups, until the support stays.
 
     With ``recipe.update_weights`` the weights are the least squares of the mask, by conjugate gradients; without
@@ -39,28 +38,15 @@ class ALPS:
 
     statistic: type[Statistic] | None = Gram
 
-    def prune(
-        self,
-        W: Tensor,
-        statistic: Statistic | None,
-        pattern: SparsityPattern,
-        recipe: PruningRecipe,
-        *,
-        name: str = "weight",
+    def prune_calibrated(
+        self, W: Tensor, statistic: Gram, pattern: SparsityPattern, recipe: PruningRecipe, name: str
     ) -> Pruned:
         """The pruned copy of ``W`` (out, in); floor(out * in * s) zeros, or m - n in each group.
 
         Raises:
             InputRefused: NaN or infinity in the inputs.
         """
-        assert isinstance(statistic, Gram)
-        check_pattern(name, W.shape[1], pattern)
-        check_weight(name, W)
-        statistic.check_finite(name)
-        W = W.detach().float().contiguous()
-        if statistic.tokens == 0:
-            mask = magnitude_mask(W, pattern)
-            return Pruned(mask, without(W, mask), NO_TOKENS)
+        W = W.contiguous()
         damping = recipe.alps.damping
         prepared = statistic.derived(("alps", damping), lambda G: _prepared(G, damping))
         A, eigenvalues, Q, lengths = (part.to(W.device) for part in prepared)

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputRefused
+from compressor.pruning.calibrated import CalibratedPruner
 from compressor.pruning.group_ranks import LONGEST, lowest_of_planes
-from compressor.pruning.magnitude import magnitude_mask
-from compressor.pruning.pruner import Pruned, check_pattern, check_weight, lowest, lowest_in_groups, without
-from compressor.pruning.wanda import NO_TOKENS
+from compressor.pruning.pruner import Pruned, lowest, lowest_in_groups, without
 from compressor.recipe import PruningRecipe
 from compressor.sparsity import Mask, SparsityPattern, pruned_count
 from compressor.statistics import Gram, Statistic
@@ -28,7 +27,7 @@ RETRIES = (1.0, 5.0, 10.0, 50.0, 100.0)  # times the recipe's damping, until the
 _STEP = 8  # columns updated one by one before the others of a block follow, where there is no N:M
 
 
-class SparseGPT:
+class SparseGPT(CalibratedPruner[Gram]):
     """Prunes by w^2 / U_jj^2, per block of columns over all rows (or per group of a row for N:M).
 
     With ``recipe.update_weights`` each pruned weight's error is spread over the columns to its right; without
@@ -37,28 +36,14 @@ class SparseGPT:
 
     statistic: type[Statistic] | None = Gram
 
-    def prune(
-        self,
-        W: Tensor,
-        statistic: Statistic | None,
-        pattern: SparsityPattern,
-        recipe: PruningRecipe,
-        *,
-        name: str = "weight",
+    def prune_calibrated(
+        self, W: Tensor, statistic: Gram, pattern: SparsityPattern, recipe: PruningRecipe, name: str
     ) -> Pruned:
         """The pruned copy of ``W`` (out, in); floor(out * width * s) zeros per column block, or by groups.
 
         Raises:
             InputRefused: NaN or infinity in the inputs, or a Hessian that no damping makes positive definite.
         """
-        assert isinstance(statistic, Gram)
-        check_pattern(name, W.shape[1], pattern)
-        check_weight(name, W)
-        statistic.check_finite(name)
-        W = W.detach().float()
-        if statistic.tokens == 0:
-            mask = magnitude_mask(W, pattern)
-            return Pruned(mask, without(W, mask), NO_TOKENS)
         dead = statistic.gram().diagonal().to(W.device) == 0
         R, damping = statistic.derived(
             ("hessian_factor", recipe.damping), lambda G: hessian_factor(G, recipe.damping, name)

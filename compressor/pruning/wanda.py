@@ -4,38 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from compressor.pruning.magnitude import magnitude_mask
-from compressor.pruning.pruner import Pruned, check_pattern, check_weight, lowest, lowest_in_groups, without
+from compressor.pruning.calibrated import CalibratedPruner
+from compressor.pruning.pruner import Pruned, lowest, lowest_in_groups, without
 from compressor.recipe import PruningRecipe
 from compressor.sparsity import Mask, SparsityPattern, pruned_count
 from compressor.statistics import ColumnNorms, Statistic
 
-NO_TOKENS = "saw no calibration token; pruned by magnitude"
 
-
-class Wanda:
+class Wanda(CalibratedPruner[ColumnNorms]):
     """Prunes by |W_ij| * ||X_j||: compared within each output row, or within each group of a row for N:M."""
 
     statistic: type[Statistic] | None = ColumnNorms
 
-    def prune(
-        self,
-        W: Tensor,
-        statistic: Statistic | None,
-        pattern: SparsityPattern,
-        recipe: PruningRecipe,
-        *,
-        name: str = "weight",
+    def prune_calibrated(
+        self, W: Tensor, statistic: ColumnNorms, pattern: SparsityPattern, recipe: PruningRecipe, name: str
     ) -> Pruned:
         """The pruned copy of ``W`` (out, in); floor(in * s) zeros in each row, or m - n in each group."""
-        assert isinstance(statistic, ColumnNorms)
-        check_pattern(name, W.shape[1], pattern)
-        check_weight(name, W)
-        statistic.check_finite(name)
-        W = W.detach().float()
-        if statistic.tokens == 0:
-            mask = magnitude_mask(W, pattern)
-            return Pruned(mask, without(W, mask), NO_TOKENS)
         mask = wanda_mask(W, statistic.norms.to(W.device), pattern)
         return Pruned(mask, without(W, mask))
 
