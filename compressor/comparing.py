@@ -12,17 +12,21 @@ from typing import Any
 
 from compressor.calibration.tokens import refuse_tokenizer_beyond
 from compressor.comparison.cells import cells_of
+from compressor.comparison.csv_rows import csv_text
 from compressor.comparison.fingerprint import Surroundings
 from compressor.comparison.folder import ResultsFolder, reserve_folder
 from compressor.comparison.grid import DEFAULT_PRESET, Grid, Masks, read_preset
 from compressor.comparison.making import Making
+from compressor.comparison.markdown import markdown_text
 from compressor.comparison.page import render_page
 from compressor.comparison.results import CellRow, Comparison
 from compressor.comparison.schedule import ModelChoice, Planned, Requests, planned_cells
-from compressor.comparison.table import csv_text, markdown_text
+from compressor.comparison.scoring import Scoring
+from compressor.comparison.task_set import task_set
 from compressor.comparison.texts import GridTexts
 from compressor.comparison.workers import OwnProcess, ThisProcess
 from compressor.devices import dtype_name, resolve_device
+from compressor.evaluation import window_length
 from compressor.models.checkpoint import Checkpoint, open_checkpoint
 from compressor.models.source import max_seqlen
 from compressor.progress import Notice, Progress, StageStarted, TextReady, silent
@@ -30,6 +34,7 @@ from compressor.recipe import EvaluationRecipe, Recipe
 from compressor.recipe_file import read_recipe
 from compressor.report.schema import ModelFacts, portable_name
 from compressor.reporting import installed_versions
+from compressor.task_options import check_task_options
 
 DEFAULT_SHARED_BYTES = 20 * 2**30
 
@@ -62,6 +67,9 @@ def compare(
     recipe: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     evaluations: Sequence[EvaluationRecipe] = (),
+    tasks: Sequence[str] = (),
+    tasks_folder: str | Path | None = None,
+    tasks_limit: int | None = None,
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -74,7 +82,7 @@ def compare(
     """Measure every cell of a grid on ``model`` and write the tables to the folder ``out``.
 
     A second call goes on where the first one ended; a cell whose settings, texts, model or versions have changed is
-    made again, and so is one that failed.
+    made again, and so is one that failed, or whose model was not scored on these tasks.
 
     Args:
         model: A local Hugging Face folder or a hub id, safetensors only.
@@ -85,6 +93,9 @@ def compare(
         recipe: File or name of the recipe that cells start from; None takes the grid's, else ``default``.
         overrides: Dotted recipe keys to values, for all cells.
         evaluations: Texts that perplexity is measured on; none takes the grid's, else the recipe's.
+        tasks: Zero-shot tasks of lm-eval to run on the dense model and on what each cell ends with.
+        tasks_folder: A folder of local tasks; code that their YAML files name is run.
+        tasks_limit: Documents per task; None: all.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Allow code that comes with the checkpoint.
@@ -98,6 +109,7 @@ def compare(
     Raises:
         ReportedError: Bad input, or an output that cannot be written. A cell that fails is recorded instead.
     """
+    check_task_options(tasks, tasks_folder, tasks_limit)
     known = grid if grid is not None else read_preset(preset or DEFAULT_PRESET)
     known = known if masks is None else known.model_copy(update={"masks": masks})
     cells = cells_of(known, recipe, overrides or {}, preset=grid is None)
@@ -114,7 +126,10 @@ def compare(
         choice = ModelChoice(str(model), revision, trust_remote_code, device)
         requests = Requests(folder, texts, common, choice, shared_bytes)
         worker = OwnProcess() if isolate else ThisProcess()
-        making = Making(planned, requests, folder, worker, stop, progress)
+        tokens = window_length(max_seqlen(checkpoint.config))
+        asked = task_set(tasks, tasks_folder, tasks_limit, max_tokens=tokens)
+        scoring = None if asked is None else Scoring(asked, choice, common, folder, worker, stop)
+        making = Making(planned, requests, folder, worker, stop, progress, scoring)
         if making.found:
             progress(Notice(f"{making.found} of {len(planned)} cells were measured before"))
 
@@ -125,8 +140,9 @@ def compare(
                 texts={name: found.facts() for name, found in texts.evaluations.items()},
                 calibration=texts.base.facts(),
                 isolated=isolate,
-                cells=tuple(_row(one, making) for one in planned),
+                cells=tuple(_row(one, making, scoring) for one in planned),
                 recipe=_portable(base),
+                tasks=None if scoring is None else scoring.facts(),
                 versions=versions,
                 notices=(*checkpoint.notices, *texts.base.notices),
             )
@@ -161,8 +177,10 @@ def _texts(
     return texts
 
 
-def _row(one: Planned, making: Making) -> CellRow:
+def _row(one: Planned, making: Making, scoring: Scoring | None) -> CellRow:
     cell, fingerprint = one.cell, one.fingerprint or ""
+    failure = one.failure or making.failures.get(fingerprint)
+    told = failure is not None or making.is_done(one)  # without its scores a cell is not made yet
     return CellRow(
         table=cell.table,
         pruner=cell.pruner,
@@ -173,8 +191,9 @@ def _row(one: Planned, making: Making) -> CellRow:
         settings=dict(cell.settings),
         masks=cell.masks,
         fingerprint=one.fingerprint,
-        figures=making.figures.get(fingerprint),
-        failure=one.failure or making.failures.get(fingerprint),
+        figures=making.figures.get(fingerprint) if told else None,
+        scores=scoring.of(fingerprint) if scoring is not None else None,
+        failure=failure,
     )
 
 

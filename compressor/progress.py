@@ -121,8 +121,19 @@ class CellFinished:
 
 
 @dataclass(frozen=True)
+class TaskProgress:
+    """Zero-shot tasks run on a model: requests answered, and of how many."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class StageStarted:
-    """A stage begins: "open", "recovery" or "finish" where they are end to end, "export", "validate", "publish"."""
+    """A stage begins: "open", "recovery" or "finish" where they are end to end, "export", "validate", "publish".
+
+    A comparison has "tasks", too: the dense model is scored.
+    """
 
     name: str
     detail: str = ""
@@ -146,6 +157,7 @@ Event = (
     | FinetuningFinished
     | CellProgress
     | CellFinished
+    | TaskProgress
     | StageStarted
     | Notice
 )

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from compressor.errors import InputRefused, ReportedError, UsageError
+from compressor.errors import InputRefused, ReportedError
 from compressor.evaluation import Evaluation, evaluation_of, window_length
 from compressor.models.checkpoint import open_checkpoint, open_tokenizer
 from compressor.models.source import max_seqlen
@@ -24,10 +24,10 @@ from compressor.recipe import EvaluationRecipe, GatesRecipe
 from compressor.recipe_file import parse_recipe
 from compressor.report.schema import Report, read_report
 from compressor.run.output import OutputPlan, name_output
+from compressor.task_options import check_task_options
 from validators.checks import Gates, ValidationReport
 from validators.request import DEFAULT_TIME_LIMIT_S, TaskRequest, ValidationRequest
 from validators.session import check_provider
-from validators.tasks import check_tasks
 from validators.validate import check_required, validate
 
 REFERENCE_FACTORY = "compressor.models.reference:load_reference"
@@ -104,7 +104,7 @@ def validate_export(
     """
     check_required(require)
     check_provider(provider)
-    _check_task_options(tasks, tasks_folder, tasks_limit)
+    check_task_options(tasks, tasks_folder, tasks_limit)
     plan = _plan_of(Path(path))
     notices: list[str] = []
 
@@ -234,16 +234,6 @@ def _tokenizer_folder(plan: OutputPlan, reference: Path | None) -> Path | None:
     """The model folder at hand: the reference's, or the export's own."""
     places = (reference, plan.folder)
     return next((place for place in places if place and (place / "config.json").is_file()), None)
-
-
-def _check_task_options(tasks: Sequence[str], folder: str | Path | None, limit: int | None) -> None:
-    """Refuse options of tasks without tasks, and tasks that cannot be loaded, before any work."""
-    if tasks:
-        check_tasks(folder)
-    elif folder is not None or limit is not None:
-        raise UsageError(
-            "E-TASKS-NONE", "a folder or limit of tasks was given, but no task", "name tasks with --tasks"
-        )
 
 
 def _task_request(

@@ -11,16 +11,12 @@ import re
 import pytest
 from compare_samples import DENSE, cell, figures, sample_comparison
 
+from compressor.comparison.csv_rows import csv_text
+from compressor.comparison.markdown import markdown_text
 from compressor.comparison.page import render_page
+from compressor.comparison.protocol import protocol_lines
 from compressor.comparison.results import comparison_from_tree
-from compressor.comparison.table import (
-    csv_text,
-    gap_closed,
-    markdown_text,
-    plain_lines,
-    protocol_lines,
-    tables_of,
-)
+from compressor.comparison.table import gap_closed, plain_lines, tables_of
 from compressor.errors import InputRefused
 
 

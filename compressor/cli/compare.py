@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +11,13 @@ import click
 from compressor.cli import options
 from compressor.cli.run import GATE_FAILED
 from compressor.cli.sections import SectionedCommand
-from compressor.cli.terminal import is_terminal, printable
+from compressor.cli.tasks import task_options
 from compressor.cli.values import sparsity
 from compressor.errors import UsageError
 
 if TYPE_CHECKING:
     from compressor.comparing import ComparisonResult
     from compressor.comparison.grid import Grid
-    from compressor.comparison.table import TableText
     from compressor.recipe import EvaluationRecipe
 
 GRID = "Grid (without any of these: --preset quick)"
@@ -115,6 +113,7 @@ def bytes_of(value: str) -> int:
 @options.flag(
     "Evaluation", "--max-eval-windows", type=int, help="Measure on at most this many windows of each."
 )
+@task_options
 @options.device_option
 @options.model_options
 @options.flag(
@@ -238,9 +237,13 @@ def _evaluations(texts: Sequence[str], settings: dict[str, Any]) -> list[Evaluat
 def _text(result: ComparisonResult, *, as_json: bool, markdown: bool, quiet: bool) -> str:
     """What is printed on stdout: the document, the tables in Markdown, or the tables as they fit the stream."""
     from compressor.cli.summary import shown_path
+    from compressor.cli.table_lines import table_lines, task_lines
     from compressor.cli.wording import labelled
     from compressor.comparison.cells import target_label
-    from compressor.comparison.table import dense_sentence, markdown_text, protocol_lines, tables_of
+    from compressor.comparison.markdown import markdown_text
+    from compressor.comparison.protocol import dense_sentence, protocol_lines
+    from compressor.comparison.table import tables_of
+    from compressor.comparison.task_table import task_tables
 
     comparison = result.comparison
     if as_json:
@@ -249,7 +252,10 @@ def _text(result: ComparisonResult, *, as_json: bool, markdown: bool, quiet: boo
         return markdown_text(comparison).rstrip()
     lines = [] if quiet else [f"dense model: {dense_sentence(comparison)}", ""]
     for table in () if quiet else tables_of(comparison):
-        lines += [*([table.name] if table.name else []), *_table_lines(table), ""]
+        lines += [*([table.name] if table.name else []), *table_lines(table), ""]
+    for table in () if quiet else task_tables(comparison):
+        lines += [f"{table.name}: zero-shot tasks" if table.name else "zero-shot tasks"]
+        lines += [*task_lines(table), ""]
     for cell in result.failed:
         assert cell.failure is not None
         place = f"{cell.pruner} {target_label(cell.target)} {cell.method}"
@@ -260,34 +266,3 @@ def _text(result: ComparisonResult, *, as_json: bool, markdown: bool, quiet: boo
     lines.append(labelled("measured", f"{done} of {len(comparison.cells)} cells"))
     lines.append(labelled("page", shown_path(result.folder / "compare.html")))
     return "\n".join(lines)
-
-
-def _table_lines(table: TableText) -> list[str]:
-    """Drawn to fit a terminal, plain columns anywhere else."""
-    from compressor.comparison.table import plain_lines
-
-    return _drawn(table) if is_terminal(sys.stdout) else [printable(line) for line in plain_lines(table)]
-
-
-def _drawn(table: TableText) -> list[str]:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(file=sys.stdout, highlight=False)
-    table = table.narrowed(console.width)
-    drawn = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column, figure in zip(table.columns, table.figures, strict=True):
-        drawn.add_column(Text(printable(column)), justify="right" if figure else "left", overflow="fold")
-    for place, row in enumerate(table.rows):
-        best = place in table.best
-        words = [
-            Text(printable(word), style="bold green" if best and at == table.best_column else "")
-            for at, word in enumerate(row)
-        ]
-        last = place + 1 == len(table.rows)
-        drawn.add_row(*words, end_section=not last and table.rows[place + 1][0] != row[0])
-    with console.capture() as capture:
-        console.print(drawn)
-    return capture.get().rstrip().splitlines()

@@ -25,6 +25,7 @@ from compressor.progress import (
     FinetuningProgress,
     Notice,
     StageStarted,
+    TaskProgress,
 )
 from compressor.report.units import duration
 
@@ -131,6 +132,8 @@ class LiveDisplay:
                 completed=event.step,
                 detail=step_line(event),
             )
+        elif isinstance(event, TaskProgress):
+            self._progress.update(self._task, total=event.total, completed=event.done)
         elif isinstance(event, StageStarted):
             self._settle_blocks()
             self._progress.remove_task(self._task)  # a new one, as a bar cannot be taken from a task again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from compressor.dense_path import RememberedPath
 from compressor.end_to_end import finish_for
 from compressor.linears import IgnoreRules
 from compressor.models.source import BlockSource
-from compressor.models.writer import round_block, stored_mask
+from compressor.models.writer import BlockWriter, CheckpointWriter, round_block, stored_mask
 from compressor.opening import OpenModel
 from compressor.perplexities import PerplexityStreams, Version
 from compressor.planning import as_used, pattern_of
@@ -56,7 +57,8 @@ def run_cell(
     finish, why = finish_for(source, request.recipe, windows=counted, seqlen=seqlen, device=opened.device)
     recipe = as_used(request.recipe, pattern, seqlen, finish)
     texts = EvaluationTexts(request, opened, versions_of(recipe))
-    writer = ZeroCounter(source, opened)
+    finished = _finished_model(request, opened)
+    writer = ZeroCounter(source, opened, finished)
     block_pass = BlockPass(
         source,
         calibration,
@@ -72,6 +74,8 @@ def run_cell(
         pruned_model=_pruned_model(request, source),
     )
     passed = block_pass.run(writer)
+    if finished is not None:
+        finished.finish()
     return figures_of(
         passed,
         recipe,
@@ -119,10 +123,16 @@ class EvaluationTexts:
 
 
 class ZeroCounter:
-    """Takes finished blocks as the writer of a run does, rounding included, and keeps the count of their zeros."""
+    """Takes finished blocks as the writer of a run does, rounding included, and keeps the count of their zeros.
 
-    def __init__(self, source: BlockSource, opened: OpenModel) -> None:
-        self._blocks_name, self._dtype = source.blocks_name, opened.dtype
+    Args:
+        source: Where the blocks came from.
+        opened: The model.
+        then: Takes each block afterwards.
+    """
+
+    def __init__(self, source: BlockSource, opened: OpenModel, then: BlockWriter | None = None) -> None:
+        self._blocks_name, self._dtype, self._then = source.blocks_name, opened.dtype, then
         self._kept = self._all = 0
 
     def commit(self, index: int, block: nn.Module, masks: Mapping[str, Mask]) -> None:
@@ -138,11 +148,22 @@ class ZeroCounter:
             kept = stored_mask(prefix + name, block.get_parameter(name), mask).unpack()
             self._kept += int(kept.sum())
             self._all += kept.size
+        if self._then is not None:
+            self._then.commit(index, block, masks)
 
     @property
     def sparsity(self) -> float:
         """Share of zeros in the pruned parameters."""
         return 1 - self._kept / self._all if self._all else 0.0
+
+
+def _finished_model(request: CellRequest, opened: OpenModel) -> CheckpointWriter | None:
+    """What writes the model that the cell ends with, where tasks are to be run on it."""
+    if request.finished is None:
+        return None
+    folder = Path(request.finished)
+    shutil.rmtree(folder, ignore_errors=True)  # of a cell that came to no end
+    return CheckpointWriter(folder, opened.source, opened.dtype)
 
 
 def _pruned_model(request: CellRequest, source: BlockSource) -> PrunedModel:

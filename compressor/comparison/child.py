@@ -5,9 +5,10 @@ peak memory is the cell's, what one cell leaves behind is not in the next one's 
 takes nothing along. Where a process cannot copy itself (Windows), it makes one cell and ends, and the parent starts
 another one.
 
-Standard input brings one request per line, the next one only after the last cell has ended; meanwhile an empty line
-asks the cell to stop at the next safe point, and when the input ends the parent is gone, and so is this process.
-Standard output carries one JSON object per line: ``ready``, progress, the figures or the failure, ``ended``.
+Standard input brings one request per line, ``{"cell": …}`` or ``{"scoring": …}`` for zero-shot tasks on a model, the
+next one only after the last one has ended; meanwhile an empty line asks it to stop at the next safe point, and when the
+input ends the parent is gone, and so is this process. Standard output carries one JSON object per line: ``ready``,
+progress, what was measured or the failure, ``ended``.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _in_a_copy(events: int, line: bytes) -> int:
 
 
 def _make(events: int, line: bytes) -> int:
-    """Make the cell that the line describes; 0 when its outcome was told."""
+    """Make what the line describes; 0 when its outcome was told."""
     started = time.perf_counter()
     asked = threading.Event()
     threading.Thread(target=_listen, args=(asked,), daemon=True).start()
@@ -72,11 +73,11 @@ def _make(events: int, line: bytes) -> int:
 
 
 def _outcome(content: dict[str, Any], events: int, asked: threading.Event, started: float) -> dict[str, Any]:
-    """The last event of a cell: the figures, or the failure."""
+    """The last event of a cell or a scoring: what was measured, or the failure."""
     from compressor.comparison.cell import run_cell
     from compressor.comparison.failures import failure_of
-    from compressor.comparison.request import CellRequest
-    from compressor.comparison.results import figures_to_json
+    from compressor.comparison.request import CellRequest, ScoringRequest
+    from compressor.comparison.results import measured_tree
     from compressor.opening import open_model
     from compressor.progress import Event
     from compressor.report.schema import PeakMemory
@@ -87,7 +88,12 @@ def _outcome(content: dict[str, Any], events: int, asked: threading.Event, start
 
     stage = "open"
     try:
-        request = CellRequest.model_validate(content)
+        if "scoring" in content:
+            from compressor.comparison.scored_model import score_model
+
+            scoring = ScoringRequest.model_validate(content["scoring"])
+            return _done(measured_tree(score_model(scoring, stop=asked.is_set, progress=tell)))
+        request = CellRequest.model_validate(content["cell"])
         opened = open_model(
             request.model,
             dtype=request.recipe.export.dtype,
@@ -101,7 +107,11 @@ def _outcome(content: dict[str, Any], events: int, asked: threading.Event, start
         return {"event": "failed", "stage": stage, "failure": failure_of(error).model_dump()}
     peaks = PeakMemory(host=peak_host_bytes(), device=peak_device_bytes())
     measured = figures.model_copy(update={"peak_memory_bytes": peaks})
-    return {"event": "done", "figures": json.loads(figures_to_json(measured))}
+    return _done(measured_tree(measured))
+
+
+def _done(measured: dict[str, Any]) -> dict[str, Any]:
+    return {"event": "done", "measured": measured}
 
 
 def _send(events: int, **event: Any) -> None:

@@ -47,6 +47,10 @@ class Surroundings:
         """Digest of the dense model's hidden states for these windows; embeddings are rounded to the exported type."""
         return self._digest("dense", dtype=recipe.export.dtype, windows=windows_sha256)
 
+    def scores(self, subject: str, tasks_sha256: str) -> str:
+        """Digest of what tasks give on the model that the cell with the fingerprint ``subject`` ends with."""
+        return self._digest("scores", subject=subject, tasks=tasks_sha256)
+
     def _digest(self, kind: str, **facts: Any) -> str:
         common = {
             "model": self.model,

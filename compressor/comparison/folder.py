@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from compressor.comparison.results import Figures, figures_from_tree, figures_to_json
+from compressor.comparison.results import Figures, Measured, Scores, measured_from_tree, measured_tree
 from compressor.errors import OutputRefused, UsageError
 from compressor.run.atomic import replace_file
 from compressor.run.lock import hold_output
@@ -45,19 +45,22 @@ class ResultsFolder:
 
     def figures(self, fingerprint: str) -> Figures | None:
         """The figures of a cell that was finished before; None without them, or where they cannot be read."""
-        try:
-            tree = json.loads(self._cell(fingerprint).read_text(encoding="utf-8"))
-            return figures_from_tree(tree)
-        except (OSError, ValueError, ValidationError, AttributeError, TypeError):
-            return None
+        return _read(Figures, self._file("cells", fingerprint))
 
     def keep(self, fingerprint: str, figures: Figures) -> None:
         """Record a finished cell."""
-        self._cell(fingerprint).parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self._cell(fingerprint), figures_to_json(figures).encode())
+        _write(self._file("cells", fingerprint), figures)
 
-    def _cell(self, fingerprint: str) -> Path:
-        return self.state / "cells" / f"{fingerprint}.json"
+    def scores(self, fingerprint: str) -> Scores | None:
+        """The scores of a model on a set of tasks; None without them, or where they cannot be read."""
+        return _read(Scores, self._file("scores", fingerprint))
+
+    def keep_scores(self, fingerprint: str, scores: Scores) -> None:
+        """Record what tasks gave on a model."""
+        _write(self._file("scores", fingerprint), scores)
+
+    def _file(self, kind: str, fingerprint: str) -> Path:
+        return self.state / kind / f"{fingerprint}.json"
 
     def forget_shared(self) -> None:
         """Remove what cells share; every cell that is made later makes it again."""
@@ -112,3 +115,16 @@ def _forget(folder: ResultsFolder) -> None:
     shutil.rmtree(folder.state, ignore_errors=True)
     for name in PRODUCTS:
         (folder.root / name).unlink(missing_ok=True)
+
+
+def _read(kind: type[Measured], path: Path) -> Measured | None:
+    try:
+        return measured_from_tree(kind, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, ValidationError, AttributeError, TypeError):
+        return None
+
+
+def _write(path: Path, measured: Figures | Scores) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(measured_tree(measured), ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(path, text.encode())

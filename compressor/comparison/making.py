@@ -9,6 +9,7 @@ from compressor.comparison.folder import ResultsFolder
 from compressor.comparison.pace import Pace
 from compressor.comparison.results import Figures
 from compressor.comparison.schedule import Planned, Requests
+from compressor.comparison.scoring import Scoring
 from compressor.comparison.workers import CellFailed, Stop, Worker
 from compressor.errors import StoppedSafely
 from compressor.progress import (
@@ -20,6 +21,7 @@ from compressor.progress import (
     FinetuningProgress,
     Progress,
     StageStarted,
+    TaskProgress,
 )
 
 
@@ -33,6 +35,7 @@ class Making:
         worker: Who makes them.
         stop: Asked between cells, and by the worker between blocks.
         progress: Receives events.
+        scoring: Runs zero-shot tasks on what cells end with; None runs none.
     """
 
     def __init__(
@@ -43,7 +46,9 @@ class Making:
         worker: Worker,
         stop: Stop,
         progress: Progress,
+        scoring: Scoring | None = None,
     ) -> None:
+        self._scoring = scoring
         self._planned, self._requests, self._folder = planned, requests, folder
         self._worker, self._stop, self._progress = worker, stop, progress
         self.figures: dict[str, Figures] = {}
@@ -53,18 +58,23 @@ class Making:
             found = folder.figures(one.fingerprint) if one.fingerprint is not None else None
             if found is not None:
                 self._note(one, found)
-        self.found = sum(one.fingerprint in self.figures for one in planned)
+        self.found = sum(self.is_done(one) for one in planned)
+
+    def is_done(self, one: Planned) -> bool:
+        """Whether all that is asked of a cell was measured."""
+        if one.fingerprint is None or one.fingerprint not in self.figures:
+            return False
+        return self._scoring is None or self._scoring.of(one.fingerprint) is not None
 
     def run(self, after_each: Callable[[], None]) -> None:
         """Make what is missing; ``after_each`` is called after each cell, finished or failed.
 
         Raises:
             StoppedSafely: ``stop`` said so; what is finished is kept.
-            ReportedError: The model cannot be opened, so no cell can be made.
+            ReportedError: The model cannot be opened, or the tasks cannot be run, so no cell can be made.
         """
-        missing = [
-            one for one in self._planned if one.fingerprint not in self.figures and one.failure is None
-        ]
+        self._score_dense()
+        missing = [one for one in self._planned if one.failure is None and not self.is_done(one)]
         open_cells = list({one.fingerprint: one for one in missing}.values())
         total, pace = len(self._planned), Pace(one.cell.recovery for one in open_cells)
         for place, one in enumerate(open_cells):
@@ -88,14 +98,41 @@ class Making:
 
     def _make(self, one: Planned, later: Sequence[Planned], teller: _Teller) -> None:
         assert one.fingerprint is not None
-        base = self._base(one, teller) if one.base is not None else None
-        record = any(other.base == one.fingerprint for other in later)
-        request = self._requests.cell(one, dense=self._known_dense(one), base=base, record=record)
+        scoring = self._scoring
+        if scoring is None or one.fingerprint not in self.figures or not scoring.has_model(one.fingerprint):
+            base = self._base(one, teller) if one.base is not None else None
+            self._pass(one, base, teller, record=any(other.base == one.fingerprint for other in later))
+        if scoring is not None:
+            teller.first("tasks")
+            scoring.score(one.fingerprint, teller)
+
+    def _pass(self, one: Planned, base: Figures | None, teller: _Teller, *, record: bool) -> None:
+        """Make the figures of a cell, and the models that others start from or tasks are run on."""
+        assert one.fingerprint is not None
+        finished = self._scoring.place(one.fingerprint) if self._scoring and self._is_scored(one) else None
+        request = self._requests.cell(
+            one, dense=self._known_dense(one), base=base, record=record, finished=finished
+        )
         figures = self._worker.make(request, self._stop, teller)
         if record:
             self._requests.pruned_is_whole(one.fingerprint)
-        self._folder.keep(one.fingerprint, figures)
-        self._note(one, figures)
+        if self._scoring is not None and finished is not None:
+            self._scoring.model_is_whole(one.fingerprint)
+        if one.fingerprint not in self.figures:
+            self._folder.keep(one.fingerprint, figures)
+            self._note(one, figures)
+
+    def _is_scored(self, one: Planned) -> bool:
+        """Whether tasks are yet to be run: not on a pruned model that is in no table."""
+        return not self.is_done(one) and any(other.fingerprint == one.fingerprint for other in self._planned)
+
+    def _score_dense(self) -> None:
+        if self._scoring is None:
+            return
+        try:
+            self._scoring.score_dense(self._progress)
+        except StoppedSafely:
+            raise _stopped(self.found, len(self._planned)) from None
 
     def _release(self, one: Planned, later: Sequence[Planned]) -> None:
         """Remove the pruned model that ``one`` started from once no later cell needs it."""
@@ -114,16 +151,11 @@ class Making:
         if not self._requests.has_pruned(one.base) or one.base not in self.figures:
             base = self._requests.base(one)
             teller.first(f"pruning by {one.cell.pruner}, once for all recoveries")
-            request = self._requests.cell(base, dense=self._known_dense(one), record=True)
             try:
-                figures = self._worker.make(request, self._stop, teller)
+                self._pass(base, None, teller, record=True)
             except CellFailed as failed:
                 self._fail(base, failed.failure)
                 raise
-            self._requests.pruned_is_whole(one.base)
-            if one.base not in self.figures:
-                self._folder.keep(one.base, figures)
-                self._note(base, figures)
         return self.figures[one.base]
 
     def _known_dense(self, one: Planned) -> Mapping[str, float]:
@@ -180,6 +212,8 @@ class _Teller:
             self._tell(f"block {min(done + 1, event.total)} of {event.total}")
         elif isinstance(event, FinetuningProgress):
             self._tell(f"{event.stage}, step {event.step} of {event.steps}")
+        elif isinstance(event, TaskProgress):
+            self._tell(f"tasks, {event.done} of {event.total} requests")
         elif isinstance(event, StageStarted):
             self._tell(event.name)
 

@@ -8,9 +8,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from compressor import report
-from compressor.comparison import plots, table
+from compressor.comparison import plots, protocol, table
 from compressor.comparison.cells import target_label
 from compressor.comparison.results import Comparison
+from compressor.comparison.task_table import task_tables
 from compressor.report import units
 from compressor.report.svg import drawing
 from compressor.report.tables import recipe_sections, settings
@@ -45,12 +46,13 @@ def render_page(comparison: Comparison) -> str:
         done=statuses.count("done"),
         failed=[cell for cell in comparison.cells if cell.failure is not None],
         missing=statuses.count("open"),
-        dense=table.dense_sentence(comparison),
+        dense=protocol.dense_sentence(comparison),
         drawings=drawings,
         legend=plots.legend(comparison),
         markers=[(_MARKER_SIGNS[sign], name) for name, sign in plots.pruner_markers(comparison).items()],
         tables=table.tables_of(comparison),
-        protocol=table.protocol_lines(comparison),
+        task_tables=task_tables(comparison),
+        protocol=protocol.protocol_lines(comparison),
         told=[
             (f"{cell.pruner} {target_label(cell.target)} {cell.method}", notice)
             for cell in comparison.cells

@@ -1,4 +1,4 @@
-"""What one cell is given: one JSON document, so that it can cross to a process of its own."""
+"""What one cell, or the scoring of one model, is given: JSON, so that it can cross to a process of its own."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class CellRequest(_Part):
         shared_bytes: What all such folders may take on the disk.
         start: The pruned model to start from; None prunes.
         record: Folder to keep the pruned model in; None keeps none.
+        finished: Folder to write the model to that the cell ends with; None writes none.
     """
 
     model: str
@@ -55,6 +56,33 @@ class CellRequest(_Part):
     shared_bytes: int
     start: PrunedStart | None = None
     record: str | None = None
+    finished: str | None = None
+
+
+class TaskChoice(_Part):
+    """Zero-shot tasks of lm-eval.
+
+    Attributes:
+        names: Tasks, groups or tags.
+        folder: A folder of local tasks, absolute.
+        limit: Documents per task; None: all.
+        max_tokens: Tokens that the model takes at once.
+    """
+
+    names: tuple[str, ...]
+    folder: str | None = None
+    limit: int | None = None
+    max_tokens: int
+
+
+class ScoringRequest(_Part):
+    """A model as it is opened, a folder or hub id, and the tasks that it is scored on."""
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    device: str = "auto"
+    tasks: TaskChoice
 
 
 def save_windows(path: Path, **windows: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -18,6 +18,7 @@ from compressor.report.schema import (
     PeakMemory,
     PerplexityProtocol,
 )
+from validators.checks import TaskResult
 
 SCHEMA_VERSION = 1
 
@@ -112,8 +113,39 @@ class Figures(_Part):
     notices: tuple[str, ...] = ()
 
 
+class Scores(_Part):
+    """What zero-shot tasks gave on one model, and the wall seconds that they took."""
+
+    results: tuple[TaskResult, ...]
+    seconds: float
+
+
+class TaskFacts(_Part):
+    """The zero-shot tasks that models were scored on.
+
+    Attributes:
+        names: What was asked for: tasks, groups or tags.
+        folder: Name of the folder of local tasks.
+        folder_sha256: Digest of what lies in it.
+        limit: Documents per task, the first ones; None: all.
+        max_tokens: Tokens that the model was given at once.
+        lm_eval: Version of lm-eval-harness.
+        dense: Scores of the dense model.
+    """
+
+    names: tuple[str, ...]
+    folder: str | None = None
+    folder_sha256: str | None = None
+    limit: int | None = None
+    max_tokens: int
+    lm_eval: str
+    dense: Scores | None = None
+
+
 class CellRow(_Part):
     """One cell: what it is, and what it measured or why it failed. A cell not yet made has neither.
+
+    One that failed while its tasks were run has both.
 
     Attributes:
         table: Which table of the grid it belongs to; "" in a grid of one.
@@ -125,6 +157,7 @@ class CellRow(_Part):
         settings: Recipe settings that its table and variant add to those of the whole grid.
         masks: Whether it started from the shared pruned model or pruned along its own repaired blocks.
         fingerprint: Digest of all that decides its figures; names its file in the state folder.
+        scores: Of the model that it ends with; None without tasks.
     """
 
     table: str = ""
@@ -137,6 +170,7 @@ class CellRow(_Part):
     masks: Literal["shared", "own"] = "own"
     fingerprint: str | None = None
     figures: Figures | None = None
+    scores: Scores | None = None
     failure: CellFailure | None = None
 
     @property
@@ -164,6 +198,7 @@ class Comparison(_Part):
     isolated: bool
     cells: tuple[CellRow, ...]
     recipe: dict[str, Any]
+    tasks: TaskFacts | None = None
     versions: dict[str, str] = {}
     notices: tuple[str, ...] = ()
 
@@ -180,21 +215,24 @@ class Comparison(_Part):
         return json.dumps(self.tree(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def figures_to_json(figures: Figures) -> str:
-    """One cell's figures as JSON."""
-    tree, nonfinite = finite_tree(figures.model_dump())
-    return json.dumps({**tree, "nonfinite": nonfinite}, ensure_ascii=False, allow_nan=False) + "\n"
+Measured = TypeVar("Measured", Figures, Scores)
 
 
-def figures_from_tree(tree: Mapping[str, Any]) -> Figures:
-    """The figures that :func:`figures_to_json` wrote.
+def measured_tree(measured: Figures | Scores) -> dict[str, Any]:
+    """One cell's figures, or one model's scores, as JSON-ready dicts and lists."""
+    tree, nonfinite = finite_tree(measured.model_dump())
+    return {**tree, "nonfinite": nonfinite}
+
+
+def measured_from_tree(kind: type[Measured], tree: Mapping[str, Any]) -> Measured:
+    """The figures or scores that :func:`measured_tree` turned into dicts and lists.
 
     Raises:
         ValueError: It is something else.
     """
     fields = json.loads(json.dumps(dict(tree)))
     restore_numbers(fields, fields.pop("nonfinite", {}))
-    return Figures.model_validate(fields)
+    return kind.model_validate(fields)
 
 
 def comparison_from_tree(tree: Mapping[str, Any]) -> Comparison:

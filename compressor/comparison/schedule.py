@@ -18,7 +18,7 @@ from compressor.errors import ReportedError
 from compressor.planning import Calibration
 from compressor.recipe import Recipe
 
-_WHOLE = "whole"  # the file that says that a pruned model was recorded to its last block
+WHOLE = "whole"  # the file that says that a model was written to its last block
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class Requests:
         dense: Mapping[str, float],
         base: Figures | None = None,
         record: bool = False,
+        finished: Path | None = None,
     ) -> CellRequest:
         """What a cell is given.
 
@@ -109,6 +110,7 @@ class Requests:
             dense: Perplexity of the dense model by the name of the text, where it is known.
             base: Figures of the pass that made the pruned model which it starts from.
             record: Whether its own pruned model is kept for others.
+            finished: Where the model goes that it ends with; None writes none.
         """
         assert planned.cell.recipe is not None
         assert planned.calibration is not None
@@ -135,6 +137,7 @@ class Requests:
             shared_bytes=self._shared_bytes,
             start=start,
             record=str(self.pruned_folder(planned.fingerprint)) if record else None,
+            finished=None if finished is None else str(finished),
         )
 
     def base(self, planned: Planned) -> Planned:
@@ -159,11 +162,11 @@ class Requests:
 
     def has_pruned(self, base: str) -> bool:
         """Whether that model is there to its last block."""
-        return (self.pruned_folder(base) / _WHOLE).is_file()
+        return (self.pruned_folder(base) / WHOLE).is_file()
 
     def pruned_is_whole(self, base: str) -> None:
         """Say that it is."""
-        (self.pruned_folder(base) / _WHOLE).touch()
+        (self.pruned_folder(base) / WHOLE).touch()
 
     def forget_pruned(self, base: str) -> None:
         """Remove it: no cell will ask for it any more."""

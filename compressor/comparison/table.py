@@ -1,9 +1,7 @@
-"""The table of a comparison as rows of text, and in the forms that other programs read: CSV and Markdown."""
+"""The tables of a comparison as rows of text."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,37 +11,6 @@ from compressor.comparison.results import CellRow, Comparison, Figures
 from compressor.report.tables import setting
 from compressor.report.units import MISSING, byte_size, count, duration, number, percent, perplexity
 
-CSV_COLUMNS = (
-    "table",
-    "pruner",
-    "target",
-    "target_sparsity",
-    "recovery",
-    "variant",
-    "masks",
-    "status",
-    "text",
-    "perplexity_dense",
-    "perplexity_pruned",
-    "perplexity_recovered",
-    "gap_closed",
-    "sparsity",
-    "heldout_loss_before",
-    "heldout_loss",
-    "calibration_loss",
-    "learning_rate",
-    "trained_parameters",
-    "pruning_s",
-    "recovery_s",
-    "finish_s",
-    "method_s",
-    "cell_s",
-    "peak_host_bytes",
-    "peak_device_bytes",
-    "recipe_sha256",
-    "error_id",
-    "error",
-)
 OPEN = "not made yet"
 # Columns that a narrow terminal goes without, first the one that is missed least; files have them all.
 _DISPENSABLE = (
@@ -89,14 +56,34 @@ class TableText:
         for name in _DISPENSABLE:
             if max(map(len, plain_lines(table)), default=0) <= width:
                 break
-            keep = [place for place, column in enumerate(table.columns) if not column.startswith(name)]
-            table = replace(
-                table,
-                columns=tuple(table.columns[place] for place in keep),
-                rows=tuple(tuple(row[place] for place in keep) for row in table.rows),
-                figures=tuple(table.figures[place] for place in keep),
+            table = table._only(
+                [place for place, column in enumerate(table.columns) if not column.startswith(name)]
             )
         return table
+
+    def parts(self, width: int) -> list[TableText]:
+        """The table side by side in pieces that are printed ``width`` signs wide, or have one figure column each.
+
+        What a row is stands at the beginning of every piece.
+        """
+        head = [place for place, figure in enumerate(self.figures) if not figure]
+        pieces: list[list[int]] = []
+        for place in range(len(head), len(self.columns)):
+            wider = [*(pieces[-1] if pieces else head), place]
+            if pieces and max(map(len, plain_lines(self._only(wider)))) <= width:
+                pieces[-1] = wider
+            else:
+                pieces.append([*head, place])
+        return [self._only(piece) for piece in pieces]
+
+    def _only(self, places: Sequence[int]) -> TableText:
+        """The table with some of its columns."""
+        return replace(
+            self,
+            columns=tuple(self.columns[place] for place in places),
+            rows=tuple(tuple(row[place] for place in places) for row in self.rows),
+            figures=tuple(self.figures[place] for place in places),
+        )
 
 
 def tables_of(comparison: Comparison) -> list[TableText]:
@@ -116,107 +103,11 @@ def gap_closed(figures: Figures, text: str) -> float | None:
     return (found.pruned - found.recovered) / cost
 
 
-def protocol_lines(comparison: Comparison) -> list[str]:
-    """How perplexity was measured, on which text; what cells had in common."""
-    lines = []
-    for name, text in comparison.texts.items():
-        facts = (
-            f"{text.windows} windows of {text.window} tokens",
-            f"stride {text.stride}",
-            f"{text.tokens} predicted tokens",
-            f"BOS {text.bos}" if text.bos is not None else "",
-            f"joined by {text.join}" if text.join not in (None, "single text") else "one text",
-            text.dtype or "",
-        )
-        lines.append(
-            f"perplexity on {name}: exp of the mean nats per token, {', '.join(f for f in facts if f)}"
-        )
-    lines.append(masks_sentence(comparison.cells))
-    return lines
-
-
-def masks_sentence(cells: Sequence[CellRow]) -> str:
-    """What the recoveries of one pruner have in common."""
-    if any(cell.masks == "shared" for cell in cells):
-        return (
-            "masks are shared: all recoveries of one pruner and sparsity start from the same pruned model, that of the "
-            "pass without recovery, so they differ in the recovery alone; --masks own gives what compress run gives"
-        )
-    return (
-        "masks are each cell's own, as in compress run: a block is pruned by what the repaired blocks before it give, "
-        "so the same pruner chooses other weights after another recovery"
-    )
-
-
-def csv_text(comparison: Comparison) -> str:
-    """One line per cell and text; numbers in full, empty where there is none."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for cell in comparison.cells:
-        for text in comparison.texts if cell.figures is not None else ("",):
-            writer.writerow(["" if value is None else value for value in _csv_row(cell, text)])
-    return stream.getvalue()
-
-
-def _csv_row(cell: CellRow, text: str) -> Iterator[object]:
-    figures, failure = cell.figures, cell.failure
-    yield from (cell.table, cell.pruner, cell.target, cell.target_sparsity, cell.recovery, cell.variant)
-    yield from (cell.masks, cell.status, text)
-    if figures is None:
-        yield from (None,) * (len(CSV_COLUMNS) - 12)
-    else:
-        found, losses, seconds = figures.perplexity[text], figures.losses, figures.seconds
-        yield from (found.dense, found.pruned, found.recovered, gap_closed(figures, text), figures.sparsity)
-        yield from (losses.heldout_before, losses.heldout, losses.calibration) if losses else (None,) * 3
-        yield learning_rate(figures)
-        yield figures.trained_parameters
-        yield from (seconds.pruning, seconds.recovery, seconds.finish, seconds.method, seconds.cell)
-        yield from (figures.peak_memory_bytes.host, figures.peak_memory_bytes.device)
-    yield figures.recipe_sha256 if figures is not None else None
-    yield from (failure.error_id, failure.message) if failure else (None, None)
-
-
 def learning_rate(figures: Figures) -> float | None:
     """The learning rate of the repair, else that of the finish; None where nothing was trained."""
     if figures.learning_rate is not None:
         return figures.learning_rate.chosen
     return figures.finish.learning_rate.chosen if figures.finish is not None else None
-
-
-def markdown_text(comparison: Comparison) -> str:
-    """The tables in Markdown, the best of each target in bold, the protocol below."""
-    parts = [f"Dense model: {dense_sentence(comparison)}."]
-    for table in tables_of(comparison):
-        parts.append("\n".join([*([f"### {table.name}", ""] if table.name else []), *_markdown_lines(table)]))
-        if table.settings:
-            parts.append("\n".join(f"- {line}" for line in table.settings))
-    parts.append("\n".join(f"- {line}" for line in protocol_lines(comparison)))
-    return "\n\n".join(parts) + "\n"
-
-
-def dense_sentence(comparison: Comparison) -> str:
-    """The dense model's perplexity on each text."""
-    done = next((cell.figures for cell in comparison.cells if cell.figures is not None), None)
-    if done is None:
-        return "perplexity not measured"
-    found = (f"{perplexity(done.perplexity[name].dense)} on {name}" for name in comparison.texts)
-    return f"perplexity {', '.join(found)}"
-
-
-def _markdown_lines(table: TableText) -> list[str]:
-    rule = ("---:" if right else "---" for right in table.figures)
-    lines = [f"| {' | '.join(_escaped(table.columns))} |", f"|{'|'.join(rule)}|"]
-    for place, row in enumerate(table.rows):
-        words = _escaped(row)
-        if place in table.best:
-            words[table.best_column] = f"**{words[table.best_column]}**"
-        lines.append(f"| {' | '.join(words)} |")
-    return lines
-
-
-def _escaped(words: Sequence[str]) -> list[str]:
-    return [word.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for word in words]
 
 
 def plain_lines(table: TableText) -> list[str]:

@@ -19,8 +19,8 @@ from typing import IO, Any, Protocol
 
 from compressor import progress as events
 from compressor.comparison.failures import CellFailure, failure_of, out_of_memory
-from compressor.comparison.request import CellRequest
-from compressor.comparison.results import Figures, figures_from_tree
+from compressor.comparison.request import CellRequest, ScoringRequest
+from compressor.comparison.results import Figures, Measured, Scores, measured_from_tree
 from compressor.errors import ReportedError, StoppedSafely
 from compressor.opening import OpenModel, open_model
 from compressor.progress import Event, Progress
@@ -46,6 +46,15 @@ class Worker(Protocol):
 
     def make(self, request: CellRequest, stop: Stop, progress: Progress) -> Figures:
         """The figures of one cell.
+
+        Raises:
+            CellFailed: It came to no end.
+            StoppedSafely: ``stop`` said so.
+        """
+        ...
+
+    def score(self, request: ScoringRequest, stop: Stop, progress: Progress) -> Scores:
+        """What zero-shot tasks give on a model.
 
         Raises:
             CellFailed: It came to no end.
@@ -83,6 +92,22 @@ class ThisProcess:
         except Exception as error:
             raise CellFailed(failure_of(error), opening=opening) from error
 
+    def score(self, request: ScoringRequest, stop: Stop, progress: Progress) -> Scores:
+        """What zero-shot tasks give on a model.
+
+        Raises:
+            CellFailed: It came to no end.
+            StoppedSafely: ``stop`` said so.
+        """
+        from compressor.comparison.scored_model import score_model
+
+        try:
+            return score_model(request, stop=stop, progress=progress)
+        except StoppedSafely:
+            raise
+        except Exception as error:
+            raise CellFailed(failure_of(error), opening=False) from error
+
     def _open(self, request: CellRequest) -> OpenModel:
         dtype = request.recipe.export.dtype
         if dtype not in self._opened:
@@ -115,11 +140,23 @@ class OwnProcess:
             CellFailed: It came to no end; also when the system killed it.
             StoppedSafely: ``stop`` said so.
         """
+        return self._ask(Figures, {"cell": request.model_dump(mode="json")}, stop, progress)
+
+    def score(self, request: ScoringRequest, stop: Stop, progress: Progress) -> Scores:
+        """What zero-shot tasks give on a model.
+
+        Raises:
+            CellFailed: It came to no end; also when the system killed it.
+            StoppedSafely: ``stop`` said so.
+        """
+        return self._ask(Scores, {"scoring": request.model_dump(mode="json")}, stop, progress)
+
+    def _ask(self, kind: type[Measured], asked: dict[str, Any], stop: Stop, progress: Progress) -> Measured:
         if self._server is None or not self._server.alive:
             self.close()
             self._server = _Server()
         try:
-            return self._server.make(request, stop, progress)
+            return measured_from_tree(kind, self._server.answer(asked, stop, progress))
         except (CellFailed, StoppedSafely):
             raise
         except BaseException:  # a second signal: the cell must not go on alone
@@ -178,10 +215,10 @@ class _Server:
                     pipe.close()
         self._scratch.cleanup()
 
-    def make(self, request: CellRequest, stop: Stop, progress: Progress) -> Figures:
-        """Pass progress on until the cell has ended; then its figures, or its failure raised."""
+    def answer(self, request: dict[str, Any], stop: Stop, progress: Progress) -> dict[str, Any]:
+        """Pass progress on until what is asked for has ended; then what it measured, or its failure raised."""
         self._stderr_from = self._stderr_path.stat().st_size
-        self._write(request.model_dump_json().encode() + b"\n")
+        self._write(json.dumps(request).encode() + b"\n")
         outcome: dict[str, Any] = {}
         asked, code = False, None
         while code is None and (line := self._next_line()) is not None:
@@ -196,7 +233,8 @@ class _Server:
             elif kind in ("done", "failed"):
                 outcome = line
         if outcome.get("event") == "done":
-            return figures_from_tree(outcome["figures"])
+            measured: dict[str, Any] = outcome["measured"]
+            return measured
         if outcome.get("event") == "failed":
             raise self._failed(CellFailure.model_validate(outcome["failure"]), outcome["stage"])
         raise CellFailed(self._death(self._process.wait() if code is None else code), opening=False)
