@@ -23,6 +23,7 @@ from compressor.recipe import PruningRecipe, Recipe
 from compressor.report.schema import CalibrationFacts
 from compressor.sparsity import SparsityPattern
 from compressor.structured import Anatomy, find_anatomy
+from compressor.unread_settings import unread_settings
 
 DEFAULT_SPARSITY = 0.5
 
@@ -141,7 +142,12 @@ def plan(
     seqlen, windows = calibration.seqlen, calibration.windows
     evaluation = evaluation_of(recipe.evaluation, tokenizer, seqlen, source.vocab_size)
     finish, why = finish_for(source, recipe, windows=windows.count, seqlen=seqlen, device=opened.device)
-    notices = (*opened.checkpoint.notices, *calibration.notices, *((why,) if why else ()))
+    notices = (
+        *unread_settings(recipe),
+        *opened.checkpoint.notices,
+        *calibration.notices,
+        *((why,) if why else ()),
+    )
     progress(
         RunStarted(
             model=opened.checkpoint.name,

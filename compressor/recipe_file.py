@@ -25,6 +25,8 @@ def built_in_recipes() -> dict[str, Path]:
 def read_recipe(source: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of a file or built-in name, with dotted overrides (``{"recovery.lr": 1e-3}``) on top.
 
+    Each section knows which of its keys the file or the overrides set; those of a built-in recipe do not count.
+
     Args:
         source: A YAML file, the name of a built-in recipe, or ``None`` for ``default``.
         overrides: Dotted key to value; a value beats the file, the file beats the defaults. Setting one of
@@ -47,7 +49,10 @@ def read_recipe(source: str | Path | None, overrides: Mapping[str, Any] | None =
     for key, value in overrides.items():
         check_key(key, "overrides")
         _set_dotted(tree, key, value)
-    return parse_recipe(tree, str(source or "default"), overrides)
+    recipe = parse_recipe(tree, str(source or "default"), overrides)
+    if source is None or not os.path.isfile(source):
+        _forget_all_but(overrides, recipe)
+    return recipe
 
 
 def read_overrides(overrides: Mapping[str, Any]) -> Recipe:
@@ -111,6 +116,18 @@ def _read_tree(source: str | Path) -> dict[str, Any]:
             "start from recipes/default.yaml",
         )
     return tree
+
+
+def _forget_all_but(given: Collection[str], section: BaseModel, prefix: str = "") -> None:
+    """Leave only those keys as set that ``given`` names, or whose section it names."""
+    for name in tuple(section.model_fields_set):
+        value = getattr(section, name)
+        if prefix + name in given:
+            continue
+        if isinstance(value, BaseModel):
+            _forget_all_but(given, value, f"{prefix}{name}.")
+        else:
+            section.model_fields_set.discard(name)
 
 
 def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -27,8 +27,8 @@ from compressor.progress import (
 )
 from exporters.masks import read_masks
 
-QUICK = {"recovery__epochs": 2, "recovery__lr": 1e-2, "finish__batch_size": 4}
-KL = {**QUICK, "finish__method": "kl", "finish__epochs": 3, "finish__lr": 1e-2}
+QUICK = {"recovery__epochs": 2, "recovery__lr": 1e-2}
+KL = {**QUICK, "finish__method": "kl", "finish__epochs": 3, "finish__lr": 1e-2, "finish__batch_size": 4}
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
