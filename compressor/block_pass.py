@@ -112,7 +112,7 @@ def check_plan(source: BlockSource, pattern: SparsityPattern, ignore: IgnoreRule
 
 
 def versions_of(recipe: Recipe) -> tuple[Version, ...]:
-    """Whose perplexity a pass measures: a model that nothing repairs is the pruned one."""
+    """Whose perplexity a pass measures, the one that ships last: a model that nothing repairs is the pruned one."""
     repaired = RECOVERIES.get(recipe.recovery.method) is not None or stages_of(recipe)
     return ("dense", "pruned", "recovered") if repaired else ("dense", "pruned")
 
@@ -166,6 +166,7 @@ class BlockPass:
         self._end_to_end = EndToEnd(source, recipe, device=device, stop=stop, progress=progress)
         self._anatomy = anatomy
         self._probe = LearningRateProbe(recipe.recovery)
+        self._ships = versions_of(recipe)[-1]  # measured as it is committed, in the exported type
         self._evaluation: EvaluationStreams = (
             PerplexityStreams(source, evaluation, device, versions_of(recipe))
             if isinstance(evaluation, Tensor)
@@ -257,7 +258,8 @@ class BlockPass:
             pruned = self._pruning.prune(index, block, matrices, statistics)
             pruning_s += self._since(begun)
             self._pruned_model.keep(index, block, pruned.masks, pruned.notes)
-        self._evaluation.advance("pruned", index, block)
+        if self._ships != "pruned":
+            self._evaluation.advance("pruned", index, block)
         opened = OpenBlock(index, block, matrices, pruned, pruned.masks, io, came_as, pruning_s=pruning_s)
         recovery = self._recipe.recovery
         if io is not None and pruned.masks and (recovery.method, recovery.start) == ("ebft", "least_squares"):
@@ -298,7 +300,7 @@ class BlockPass:
             )  # rounds to the exported type: what flows on is what ships
         self._states.advance_sparse(index, block)
         if not self._end_to_end.stages:
-            self._evaluation.advance("recovered", index, block)
+            self._evaluation.advance(self._ships, index, block)
 
     def _result(self, finished: OpenBlock) -> BlockResult:
         target, left = (
