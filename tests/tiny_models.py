@@ -87,15 +87,16 @@ def short_recipe(texts: Texts, **overrides: Any) -> Recipe:
 
     Keyword names are dotted keys with two underscores in the place of the dot: `pruning__pattern="2:4"`.
     """
-    settings: dict[str, Any] = {
+    settings = {
         "calibration.source": str(texts.calibration),
         "calibration.num_samples": 10,
         "calibration.seqlen": 24,
         "evaluation.source": str(texts.evaluation),
         "evaluation.max_windows": 8,
+        "recovery.epochs": 1,
+        "recovery.batch_size": 4,
+        "recovery.lr": 1e-3,
     }
-    if overrides.get("recovery__method") != "none":
-        settings.update({"recovery.epochs": 1, "recovery.batch_size": 4, "recovery.lr": 1e-3})
     settings.update({key.replace("__", "."): value for key, value in overrides.items()})
     if not {"pruning.sparsity", "pruning.pattern"} & settings.keys():
         settings["pruning.sparsity"] = 0.5
