@@ -11,7 +11,9 @@ from compressor.comparison.results import (
     Comparison,
     Figures,
     Losses,
+    Scores,
     Seconds,
+    TaskFacts,
     TextPerplexity,
 )
 from compressor.report.schema import (
@@ -21,6 +23,7 @@ from compressor.report.schema import (
     PeakMemory,
     PerplexityProtocol,
 )
+from validators.checks import TaskResult
 
 DENSE = 9.76
 
@@ -53,6 +56,34 @@ def cell(pruner: str, target: str, recovery: str, found: Figures | None = None, 
         fingerprint="cd" * 32,
         **changes,
     )
+
+
+def scores(accuracy: float, perplexity: float) -> Scores:
+    """What two tasks gave on a model."""
+    results = (
+        TaskResult("piqa", "acc", accuracy, 0.0101, 1838, True),
+        TaskResult("text", "word_perplexity", perplexity, None, 3, False),
+    )
+    return Scores(results=results, seconds=60.0)
+
+
+def scored_comparison() -> Comparison:
+    """A cell that was scored, one whose tasks failed and one that is not made yet."""
+    failure = CellFailure(error_id="E-OUT-OF-MEMORY", message="too little", remedy="use less", exit_code=5)
+    cells = (
+        cell("wanda", "0.5", "none", figures(20.0, 20.0), scores=scores(0.7123, math.inf)),
+        cell("wanda", "0.5", "ebft", figures(20.0, 10.0), failure=failure),
+        cell("wanda", "2:4", "none"),
+    )
+    tasks = TaskFacts(
+        names=("piqa", "text"),
+        folder="mine",
+        limit=2000,
+        max_tokens=2048,
+        lm_eval="0.4.13",
+        dense=scores(0.7512, 12.345),
+    )
+    return sample_comparison(cells=cells, tasks=tasks)
 
 
 def sample_comparison(**changes: Any) -> Comparison:

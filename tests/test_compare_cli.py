@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from cli_fakes import Terminal
-from compare_samples import cell, figures, sample_comparison
+from compare_samples import cell, figures, sample_comparison, scored_comparison
 from workshop import Workshop
 
 from compressor.cli import compare as cli_compare
@@ -94,6 +94,19 @@ def test_cli_compare_prints_the_table_on_stdout_and_cells_on_stderr(
         "cell 1/2       wanda · 50 % · none  perplexity 20.00  3.00 s · 30.0 s left",
         "cell 2/2       wanda · 50 % · ebft  perplexity 20.00 → 10.00  30.0 s",
     ]
+
+
+def test_cli_compare_prints_what_tasks_gave(terminal: Terminal, fake: FakeCompare, out: Path) -> None:
+    """A table of its own behind the others, and the options that lead to it reach the call."""
+    fake.comparison = scored_comparison()
+    options = ("--tasks", "piqa,text", "--tasks-folder", "mine", "--tasks-limit", "2000")
+    ended = terminal.run("compare", "model", "--out", out, *options)
+    assert ended.code == 4
+    lines = ended.out.splitlines()
+    begin = lines.index("zero-shot tasks")
+    assert lines[begin + 2].split() == ["dense", "model", "0.7512", "±", "0.0101", "12.35"]
+    call = fake.calls[-1]
+    assert (call["tasks"], call["tasks_folder"], call["tasks_limit"]) == (("piqa", "text"), "mine", 2000)
 
 
 def test_cli_compare_prints_json_and_markdown(terminal: Terminal, fake: FakeCompare, out: Path) -> None:

@@ -7,16 +7,18 @@ import io
 import json
 import math
 import re
+from collections.abc import Callable
 
 import pytest
-from compare_samples import DENSE, cell, figures, sample_comparison
+from compare_samples import DENSE, cell, figures, sample_comparison, scored_comparison
 
-from compressor.comparison.csv_rows import csv_text
+from compressor.comparison.csv_rows import CSV_COLUMNS, csv_text
 from compressor.comparison.markdown import markdown_text
 from compressor.comparison.page import render_page
 from compressor.comparison.protocol import protocol_lines
-from compressor.comparison.results import comparison_from_tree
+from compressor.comparison.results import Comparison, comparison_from_tree
 from compressor.comparison.table import gap_closed, plain_lines, tables_of
+from compressor.comparison.task_table import task_tables
 from compressor.errors import InputRefused
 
 
@@ -171,3 +173,60 @@ def test_compare_page_without_a_finished_cell_has_no_drawings() -> None:
     page = render_page(sample_comparison(cells=(cell("wanda", "0.5", "none"),)))
     assert "0 of 1 cells measured, 1 not made yet" in page
     assert "Perplexity over sparsity" not in page
+
+
+def test_compare_task_table_has_the_dense_model_first_and_the_documents_last() -> None:
+    """Scores with their errors and directions; a cell without says why; nothing where no task was run."""
+    (table,) = task_tables(scored_comparison())
+    assert table.columns == ("target", "pruner", "recovery", "piqa acc ↑", "text word_perplexity ↓")
+    assert table.rows == (
+        ("dense model", "", "", "0.7512 ± 0.0101", "12.35"),
+        ("50 %", "wanda", "none", "0.7123 ± 0.0101", "∞"),
+        ("50 %", "wanda", "ebft", "E-OUT-OF-MEMORY", ""),
+        ("2:4", "wanda", "none", "not made yet", ""),
+        ("documents", "", "", "1\u202f838", "3"),
+    )
+    assert task_tables(sample_comparison()) == []
+
+
+def test_compare_task_table_is_cut_into_pieces_for_a_narrow_terminal() -> None:
+    """Each piece says what its rows are, and together they have every score."""
+    (table,) = task_tables(scored_comparison())
+    assert table.parts(200) == [table]
+    first, second = table.parts(60)
+    assert max(map(len, plain_lines(first))) <= 60
+    assert (first.columns[3:], second.columns[3:]) == (table.columns[3:4], table.columns[4:])
+    assert first.columns[:3] == second.columns[:3] == table.columns[:3]
+
+
+def test_compare_csv_has_columns_for_every_task_and_stays_rectangular() -> None:
+    """Score, standard error, documents and the dense model's score; empty where there is none."""
+    lines = list(csv.reader(io.StringIO(csv_text(scored_comparison()))))
+    assert tuple(lines[0][: len(CSV_COLUMNS)]) == CSV_COLUMNS
+    assert lines[0][-8:-4] == ["piqa_acc", "piqa_acc_stderr", "piqa_acc_documents", "piqa_acc_dense"]
+    assert {len(line) for line in lines} == {len(CSV_COLUMNS) + 8}
+    assert lines[1][-8:] == ["0.7123", "0.0101", "1838", "0.7512", "inf", "", "3", "12.345"]
+    assert lines[2][-8:-4] == ["", "", "", "0.7512"]
+    assert tuple(csv_text(sample_comparison()).splitlines()[0].split(",")) == CSV_COLUMNS
+
+
+def test_compare_json_reads_back_with_scores() -> None:
+    """An endless score is strict JSON, too, and comes back as it was."""
+    comparison = scored_comparison()
+    tree = json.loads(comparison.to_json())
+    assert [row["status"] for row in tree["cells"]] == ["done", "failed", "open"]
+    assert comparison_from_tree(tree) == comparison
+
+
+@pytest.mark.parametrize("render", [markdown_text, render_page], ids=["markdown", "page"])
+def test_compare_files_show_the_tasks_and_how_they_were_run(render: Callable[[Comparison], str]) -> None:
+    """A table of its own and the protocol: lm-eval's version, zero-shot, the limit; nothing of it without tasks."""
+    text = render(scored_comparison())
+    for words in (
+        "Zero-shot tasks",
+        "0.7123 ± 0.0101",
+        "tasks piqa, text of the folder mine by lm-eval 0.4.13: zero-shot, no chat template, "
+        "the first 2\u202f000 documents of each",
+    ):
+        assert words in text
+    assert "ero-shot" not in render(sample_comparison())

@@ -1,4 +1,4 @@
-"""`compress validate --lm-eval --tasks` with the real lm-eval-harness, on the example model and local tasks.
+"""Zero-shot tasks and `compress validate --lm-eval` with the real lm-eval-harness, on the example model and local tasks.
 
 lm-eval is an optional extra. Name an interpreter that has it and this project in BLOCKPRESS_LM_EVAL_PYTHON to run
 these tests; `lm-eval[hf]` brings what lm-eval's own PyTorch model needs, which is compared with ours:
@@ -137,6 +137,18 @@ def validated(scratch: Path, *arguments: str | Path) -> tuple[int, dict[str, Any
     return ended.returncode, json.loads(ended.stdout)
 
 
+def compared(scratch: Path, exports: Exports, tasks: str) -> tuple[int, dict[str, Any]]:
+    """Exit code and JSON document of ``compress compare`` there: magnitude and flap, pruned only."""
+    ended = run(
+        scratch, "-m", "compressor", "compare", EXAMPLE, "--out", scratch / "compare", "--json", "-q",
+        "--pruners", "magnitude,flap", "--recoveries", "none", "--sparsities", "0.3",
+        "--num-calibration-samples", "8", "--eval-data", exports.text,
+        "--tasks", tasks, "--tasks-folder", exports.tasks,
+    )  # fmt: skip
+    assert ended.stdout, ended.stderr[-4000:]
+    return ended.returncode, json.loads(ended.stdout)
+
+
 def lm_eval_scores(scratch: Path, wanted: list[dict[str, Any]]) -> list[dict[str, dict[str, float]]]:
     """What lm-eval's own models score."""
     request, answer = scratch / "request.json", scratch / "answer.json"
@@ -235,3 +247,38 @@ def test_tasks_that_cannot_be_run_are_refused(
     )
     print(document["error"]["message"])
     assert (ended, document["error"]["id"]) == (code, error_id)
+
+
+def test_compare_scores_what_lm_eval_scores(exports: Exports, tmp_path: Path) -> None:
+    """The dense model's figures equal those of lm-eval's own model `hf`; every cell has as many; a second call none."""
+    tasks = ["next_words", "endings", "long_text"]
+    code, document = compared(tmp_path, exports, ",".join(tasks))
+    assert code == 0, document
+    arguments = {"pretrained": str(EXAMPLE), "dtype": "float32", "device": "cpu", "max_length": MAX_TOKENS}
+    wanted = {"model": "hf", "model_args": arguments, "tasks": tasks, "folder": str(exports.tasks)}
+    (theirs,) = lm_eval_scores(tmp_path, [wanted])
+    dense = document["tasks"]["dense"]["results"]
+    assert len(dense) == 7
+    for row in dense:
+        assert row["value"] == pytest.approx(theirs[row["task"]][row["metric"]], rel=1e-4), row
+    for cell in document["cells"]:
+        assert [row["documents"] for row in cell["scores"]["results"]] == [row["documents"] for row in dense]
+        assert cell["scores"]["results"] != dense
+    assert compared(tmp_path, exports, ",".join(tasks)) == (0, document)
+
+
+@pytest.mark.parametrize(
+    ("task", "error_id"), [("no_such_task", "E-TASK-UNKNOWN"), ("writes", "E-TASK-KIND")]
+)
+def test_compare_tasks_that_cannot_be_run_end_it_before_any_cell(
+    exports: Exports, tmp_path: Path, task: str, error_id: str
+) -> None:
+    """An unknown task, or one that writes, is exit 2 and no cell is made."""
+    code, document = compared(tmp_path, exports, task)
+    assert (code, document["error"]["id"]) == (2, error_id)
+    assert [
+        row["status"] for row in json.loads((tmp_path / "compare" / "compare.json").read_text())["cells"]
+    ] == [
+        "open",
+        "open",
+    ]

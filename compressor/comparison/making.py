@@ -146,7 +146,7 @@ class Making:
             CellFailed: That pass failed, now or before.
         """
         assert one.base is not None
-        if one.base in self.failures:
+        if one.base in self.failures and one.base not in self.figures:  # else its tasks alone have failed
             raise CellFailed(self.failures[one.base], opening=False)
         if not self._requests.has_pruned(one.base) or one.base not in self.figures:
             base = self._requests.base(one)
