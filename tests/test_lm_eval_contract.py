@@ -1,4 +1,4 @@
-"""Zero-shot tasks and `compress validate --lm-eval` with the real lm-eval-harness, on the example model and local tasks.
+"""`compress validate` and `compress compare` with the real lm-eval-harness, on the example model and local tasks.
 
 lm-eval is an optional extra. Name an interpreter that has it and this project in BLOCKPRESS_LM_EVAL_PYTHON to run
 these tests; `lm-eval[hf]` brings what lm-eval's own PyTorch model needs, which is compared with ours:
