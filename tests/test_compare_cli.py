@@ -105,6 +105,9 @@ def test_cli_compare_prints_what_tasks_gave(terminal: Terminal, fake: FakeCompar
     lines = ended.out.splitlines()
     begin = lines.index("zero-shot tasks")
     assert lines[begin + 2].split() == ["dense", "model", "0.7512", "±", "0.0101", "12.35"]
+    assert lines[begin + 6].startswith("documents")
+    assert "1\u202f838" in lines[begin + 6]
+    assert "the first 2\u202f000 documents of each" in ended.out
     call = fake.calls[-1]
     assert (call["tasks"], call["tasks_folder"], call["tasks_limit"]) == (("piqa", "text"), "mine", 2000)
 

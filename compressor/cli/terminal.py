@@ -8,11 +8,14 @@ from typing import IO
 
 import click
 
+_THOUSANDS = "\u202f"  # a space by which numbers are grouped; it moves nothing
+
 
 def printable(text: str) -> str:
     """``text`` on one line: what moves a cursor or ends a line is spelled out, as names in files may hold it."""
     return "".join(
-        sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text
+        sign if sign.isprintable() or sign == _THOUSANDS else sign.encode("unicode_escape").decode("ascii")
+        for sign in text
     )
 
 
