@@ -43,6 +43,7 @@ def finish_for(
         hidden_size=source.hidden_size,
         vocab_size=source.vocab_size,
         stored_tokens=windows * seqlen,
+        compares_layers=bool(recipe.finish.squarehead),
         device=device,
         free_host_bytes=available_memory_bytes(),
     )

@@ -234,10 +234,12 @@ class _FinishMethod(_Section):
     # auto: kl where weights, gradients, Adam's moments and activations of the whole model fit in memory
     method: Literal["none", "kl", "auto"] = "none"
     temperature: Positive = 1.0
+    # weight of the layers' normalised squared errors beside KL, against over-fitting; 0 is KL alone
+    squarehead: NonNegative = 1.0
 
 
 class FinishRecipe(TrainingRecipe, _FinishMethod):
-    """A stage after the recovery: kept weights of all blocks, tuned end to end towards the dense model's logits."""
+    """A stage after the recovery: kept weights of all blocks, tuned end to end towards the dense model."""
 
     epochs: Count = 5
     trials: LearningRateTrials = LearningRateTrials(epochs=1)

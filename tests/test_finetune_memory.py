@@ -19,7 +19,14 @@ MIB = 2**20
 def room(**changes: Any) -> Room:
     """The room for a tiny llama."""
     source = source_of("llama")
-    settings = {"tokens": 64, "hidden_size": 32, "vocab_size": 104, "stored_tokens": 640, "device": CPU}
+    settings = {
+        "tokens": 64,
+        "hidden_size": 32,
+        "vocab_size": 104,
+        "stored_tokens": 640,
+        "compares_layers": False,
+        "device": CPU,
+    }
     blocks = [source.block_structure(index) for index in range(source.num_blocks)]
     return room_for(blocks, **{**settings, "free_host_bytes": 4 * 2**30, **changes})
 
@@ -29,7 +36,14 @@ def test_room_counts_parameters_gradients_moments_copy_and_mask() -> None:
     source = source_of("llama")
     block = source.block_structure(0)
     parameters = sum(weight.numel() for weight in block.parameters())
-    settings = {"tokens": 8, "hidden_size": 32, "vocab_size": 104, "stored_tokens": 8, "device": CPU}
+    settings = {
+        "tokens": 8,
+        "hidden_size": 32,
+        "vocab_size": 104,
+        "stored_tokens": 8,
+        "compares_layers": False,
+        "device": CPU,
+    }
     one, two = (
         room_for([block] * count, **settings, free_host_bytes=0).needed_bytes  # type: ignore[arg-type]
         for count in (1, 2)
@@ -41,6 +55,16 @@ def test_room_counts_parameters_gradients_moments_copy_and_mask() -> None:
 def test_room_grows_with_what_takes_memory(larger: str) -> None:
     """More tokens in a batch, a larger vocabulary, more windows: each needs more."""
     assert room(**{larger: 10_000}).needed_bytes > room().needed_bytes
+
+
+def test_room_counts_a_dense_copy_where_layers_are_compared() -> None:
+    """Four bytes for each dense parameter, and its hidden states between blocks."""
+    source = source_of("llama")
+    parameters = sum(
+        w.numel() for i in range(source.num_blocks) for w in source.block_structure(i).parameters()
+    )
+    more = room(compares_layers=True).needed_bytes - room().needed_bytes
+    assert more == 4 * parameters + 4 * 64 * 32 * source.num_blocks
 
 
 def test_room_leaves_a_fifth() -> None:

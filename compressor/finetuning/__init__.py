@@ -83,7 +83,8 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
                 "finish",
                 recipe.finish.method,
                 lambda model, seed, tell: finish(model, recipe.finish, seed=seed, tell=tell),
-                needs_dense=True,
+                # where every layer is compared, a dense model runs along and gives the last states too
+                needs_dense=not recipe.finish.squarehead,
             )
         )
     return tuple(stages)

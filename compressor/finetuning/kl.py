@@ -1,9 +1,12 @@
 """The end-to-end finish: all kept weights, tuned until the sparse model predicts like the dense one.
 
-    min_W  mean over tokens of τ² · KL( softmax(z_dense / τ) ‖ softmax(z_sparse(M * W) / τ) ),   M frozen
+    min_W  mean over tokens of τ² · KL( softmax(z_dense / τ) ‖ softmax(z_sparse(M * W) / τ) )
+           + h_sq · Σ_l mean((h_l^S − h_l^T)²) / mean((h_l^T)²),   M frozen
 
 on the calibration windows of the recovery before it. Knowledge distillation (Hinton et al., arXiv 1503.02531)
-with the dense model as the teacher, as sparse finetuning does it (arXiv 2310.06927), without its other terms.
+with the dense model as the teacher, as sparse finetuning does it (arXiv 2310.06927), without the text's own tokens.
+The second term asks for the hidden states of every layer too: logits alone are learnt by heart on little text
+(docs/methods.md has the losses of calibration and held-out windows side by side).
 """
 
 from __future__ import annotations
@@ -17,5 +20,5 @@ from compressor.recipe import FinishRecipe
 
 def finish(model: SparseModel, recipe: FinishRecipe, *, seed: int, tell: Tell) -> Finetuned:
     """Tunes all kept weights, biases and norm gains of ``model``'s blocks in place; see ``tuning.tune``."""
-    objective = Objective(kd=1.0, temperature=recipe.temperature)
+    objective = Objective(kd=1.0, sq=recipe.squarehead, temperature=recipe.temperature)
     return tune("kl", model, OwnWeights(model), objective, recipe, recipe.trials, seed=seed, tell=tell)

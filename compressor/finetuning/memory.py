@@ -13,6 +13,8 @@ from compressor.finetuning.sparse_model import KEPT_ACTIVATIONS_BYTES, kept_byte
 
 # A parameter in float32, its gradient, Adam's two moments, the best step's copy, and its mask.
 BYTES_PER_PARAMETER = 5 * 4 + 1
+# A dense copy that runs along.
+_BYTES_PER_DENSE_PARAMETER = 4
 # Logits of the sparse and the dense model, their logarithms, and the gradient.
 _LOGIT_COPIES = 5
 # Of what is free; the rest is for the allocator's waste and for what the estimate leaves out.
@@ -43,6 +45,7 @@ def room_for(
     hidden_size: int,
     vocab_size: int,
     stored_tokens: int,
+    compares_layers: bool,
     device: torch.device,
     free_host_bytes: int,
 ) -> Room:
@@ -54,6 +57,7 @@ def room_for(
         hidden_size: D.
         vocab_size: V.
         stored_tokens: Of all calibration and held-out windows, whose hidden states lie in host memory.
+        compares_layers: Whether a dense copy of the blocks runs along.
         device: Where it would happen.
         free_host_bytes: Host memory that is free, which counts where the device is the CPU.
     """
@@ -62,6 +66,8 @@ def room_for(
     passed_on = 4 * tokens * hidden_size * len(blocks)
     logits = 4 * _LOGIT_COPIES * min(LOGITS, tokens * vocab_size)
     needed = BYTES_PER_PARAMETER * parameters + 2 * kept + passed_on + logits
+    if compares_layers:
+        needed += _BYTES_PER_DENSE_PARAMETER * parameters + passed_on
     if device.type == "cuda":
         return Room(needed, torch.cuda.mem_get_info(device)[0])
     streams = 2 * 4 * stored_tokens * hidden_size  # the sparse path's and the dense path's
