@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.block_pruning import BlockPruning, PrunedBlock, prepare_pruning
-from compressor.block_windows import BlockWindow, OpenBlock, joined, windows_of
+from compressor.block_windows import BlockWindow, OpenBlock, joined, training_of_a_window, windows_of
 from compressor.calibration_states import CalibrationStates, States
 from compressor.dense_path import ComputedPath, DensePath
 from compressor.devices import mixed_precision, settle
@@ -186,6 +186,8 @@ class BlockPass:
         )
         overlap = recipe.recovery.method == "ebft" and recipe.recovery.window == "overlap"
         self._windows = windows_of(source.num_blocks, overlap=overlap)
+        twice = len(self._windows) > source.num_blocks
+        self._training = training_of_a_window(recipe.recovery, twice=twice)
         self._open: dict[int, OpenBlock] = {}
 
     def run(self, writer: BlockWriter) -> PassResult:
@@ -343,7 +345,7 @@ class BlockPass:
 
     def _repair_block(self, index: int, block: nn.Module, masks: dict[str, Mask], io: BlockIO) -> Repaired:
         assert self._repair is not None
-        recovery, seed = self._recipe.recovery, self._recipe.seed + index
+        seed = self._recipe.seed + index
         chosen = self._probe.lr_for(index, block, masks, io, seed=seed)
         if chosen.tried:
             self._progress(LearningRateChosen(chosen.lr, chosen.tried, index))
@@ -352,7 +354,7 @@ class BlockPass:
         def told(step: int, steps: int) -> None:
             self._progress(BlockProgress(index, total, step, steps))
 
-        return self._repair(block, masks, io, recovery, lr=chosen.lr, seed=seed, progress=told)
+        return self._repair(block, masks, io, self._training, lr=chosen.lr, seed=seed, progress=told)
 
     def _tune_together(self, writer: BlockWriter) -> tuple[Finetuned, ...]:
         """The end-to-end stages over all blocks, which are committed afterwards."""

@@ -5,8 +5,9 @@ Pruning Large Language Models", arXiv 2406.15524: windows of two blocks, one blo
 
     (0)  (0 1)  (1 2)  ...  (L-2 L-1)  (L-1)
 
-so that each block is tuned twice, and the second time with the one behind it, whose output the dense model's is
-compared with. A block is pruned when the first window reaches it and is finished when the last one leaves it.
+so that each block is tuned twice, each time for half of the epochs, and the second time with the one behind it, whose
+output the dense model's is compared with. A block is pruned when the first window reaches it and is finished when the
+last one leaves it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from compressor.block_pruning import PrunedBlock
 from compressor.calibration_states import States
 from compressor.linears import PrunableMatrix
 from compressor.models.source import BlockSource
+from compressor.recipe import RecoveryRecipe
 from compressor.recovery.block_io import BlockIO, Repaired
 from compressor.sparsity import Mask
 
@@ -47,6 +49,16 @@ def windows_of(num_blocks: int, *, overlap: bool) -> list[BlockWindow]:
     last = num_blocks - 1
     pairs = [BlockWindow((index - 1, index), (index - 1,), index != last) for index in range(1, num_blocks)]
     return [BlockWindow((0,), ()), *pairs, BlockWindow((last,), (last,))]
+
+
+def training_of_a_window(recipe: RecoveryRecipe, *, twice: bool) -> RecoveryRecipe:
+    """How one window is trained so that every token passes each block ``recipe.epochs`` times, rounded up to even.
+
+    Args:
+        recipe: Of all.
+        twice: Whether two windows hold each block.
+    """
+    return recipe.model_copy(update={"epochs": (recipe.epochs + 1) // 2}) if twice else recipe
 
 
 @dataclass

@@ -26,7 +26,7 @@ from validators.validate import available_memory_bytes
 def finish_for(
     source: BlockSource, recipe: Recipe, *, windows: int, seqlen: int, device: torch.device
 ) -> tuple[str, str | None]:
-    """The finish that a recipe stands for, ``auto`` decided by memory; and why, in one line.
+    """The finish that a recipe stands for, ``auto`` decided by recovery and memory; and why, in one line.
 
     Args:
         source: The dense blocks.
@@ -37,13 +37,15 @@ def finish_for(
     """
     if recipe.finish.method != "auto":
         return recipe.finish.method, None
+    if recipe.recovery.method != "ebft":  # another method is asked for to see what it does by itself
+        return "none", None
     room = room_for(
         [source.block_structure(index) for index in range(source.num_blocks)],
         tokens=recipe.finish.batch_size * seqlen,
         hidden_size=source.hidden_size,
         vocab_size=source.vocab_size,
         stored_tokens=windows * seqlen,
-        compares_layers=bool(recipe.finish.squarehead),
+        runs_dense=recipe.finish.runs_dense,
         device=device,
         free_host_bytes=available_memory_bytes(),
     )

@@ -182,7 +182,11 @@ def as_used(recipe: Recipe, pattern: SparsityPattern, seqlen: int, finish: str) 
         pruning = pruning.model_copy(update={"flap": pruning.flap.model_copy(update=alike)})
     calibration = recipe.calibration.model_copy(update={"seqlen": seqlen})
     finishing = recipe.finish.model_copy(update={"method": finish})
-    return recipe.model_copy(update={"pruning": pruning, "calibration": calibration, "finish": finishing})
+    recovery = recipe.recovery
+    if finish != "none" and recovery.method == "ebft" and recovery.epochs_before_finish is not None:
+        recovery = recovery.model_copy(update={"epochs": recovery.epochs_before_finish})
+    parts = {"pruning": pruning, "recovery": recovery, "calibration": calibration, "finish": finishing}
+    return recipe.model_copy(update=parts)
 
 
 def run_blocks(

@@ -203,9 +203,11 @@ class _RecoveryMethod(_Section):
     targets_blend: Annotated[float, Field(ge=0, le=1)] = 0.5  # of blend: the share of the dense model's
     loss: Literal["mse", "normalized"] = "mse"
     first_token: Literal["keep", "exclude", "per_token"] = "keep"  # against massive activations
-    # Of ebft. split: attention, then MLP; overlap: pairs of blocks, towards the dense model's activations
+    # Of ebft. split: attention, then MLP; overlap: pairs of blocks towards the dense model's activations, so that two
+    # windows hold each block, and each takes half of the epochs
     window: Literal["block", "split", "overlap"] = "block"
     start: Literal["pruned", "least_squares"] = "pruned"  # of ebft: where the kept weights start
+    epochs_before_finish: Count | None = None  # of ebft, in the place of epochs where a finish follows
 
 
 class RecoveryRecipe(TrainingRecipe, _RecoveryMethod):
@@ -223,26 +225,36 @@ class RecoveryRecipe(TrainingRecipe, _RecoveryMethod):
 
     @model_validator(mode="after")
     def _overlap_aims_at_the_model(self) -> RecoveryRecipe:
-        if self.window == "overlap" and self.targets != "model":
-            raise ValueError("window overlap aims at the dense model's activations: targets must be model")
+        if self.method == "ebft" and self.window == "overlap" and self.targets != "model":
+            raise ValueError(
+                "window overlap aims at the dense model's activations: targets must be model, or window block"
+            )
         return self
 
 
 class _FinishMethod(_Section):
     """The first keys of ``FinishRecipe``."""
 
-    # auto: kl where weights, gradients, Adam's moments and activations of the whole model fit in memory
+    # auto: kl after ebft where the whole model fits in memory, with gradients, Adam's moments and activations
     method: Literal["none", "kl", "auto"] = "none"
     temperature: Positive = 1.0
-    # weight of the layers' normalised squared errors beside KL, against over-fitting; 0 is KL alone
-    squarehead: NonNegative = 1.0
+    # against over-fitting: weight of the layers' normalised squared errors beside KL (0: KL alone), and the share of a
+    # training window's tokens that are exchanged for others of the text each time it is used
+    squarehead: NonNegative = 2.0
+    noise: Annotated[float, Field(ge=0, lt=1)] = 0.05
 
 
 class FinishRecipe(TrainingRecipe, _FinishMethod):
     """A stage after the recovery: kept weights of all blocks, tuned end to end towards the dense model."""
 
-    epochs: Count = 5
+    epochs: Count = 8
+    batch_size: Count = 2
     trials: LearningRateTrials = LearningRateTrials(epochs=1)
+
+    @property
+    def runs_dense(self) -> bool:
+        """Whether a dense copy of the blocks runs along, since its states for the windows as they are do not do."""
+        return self.squarehead > 0 or self.noise > 0
 
 
 class CalibrationRecipe(_Section):

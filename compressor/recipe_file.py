@@ -16,6 +16,13 @@ from compressor.recipe import Recipe
 
 BUILT_IN_FOLDER = Path(__file__).parent / "recipes"
 
+# A key that is given on top, and the one of its section in the file that it stands in for.
+_CLEARED = {
+    "pruning.sparsity": "pattern",
+    "pruning.pattern": "sparsity",
+    "recovery.epochs": "epochs_before_finish",
+}
+
 
 def built_in_recipes() -> dict[str, Path]:
     """Name and file of each recipe that the package ships."""
@@ -30,7 +37,8 @@ def read_recipe(source: str | Path | None, overrides: Mapping[str, Any] | None =
     Args:
         source: A YAML file, the name of a built-in recipe, or ``None`` for ``default``.
         overrides: Dotted key to value; a value beats the file, the file beats the defaults. Setting one of
-            ``pruning.sparsity`` and ``pruning.pattern`` clears the other one of the file.
+            ``pruning.sparsity`` and ``pruning.pattern`` clears the other one of the file, and
+            ``recovery.epochs`` what the file has for runs with a finish.
 
     Raises:
         UsageError: The file is absent or no YAML mapping, a key is unknown, a value is out of range.
@@ -43,9 +51,10 @@ def read_recipe(source: str | Path | None, overrides: Mapping[str, Any] | None =
             "sparsity and pattern exclude each other",
             "give --sparsity or --pattern, not both",
         )
-    for key, other in (("pruning.sparsity", "pattern"), ("pruning.pattern", "sparsity")):
-        if key in overrides and isinstance(tree.get("pruning"), dict):
-            tree["pruning"].pop(other, None)
+    for key, other in _CLEARED.items():
+        section = tree.get(key.partition(".")[0])
+        if key in overrides and isinstance(section, dict):
+            section.pop(other, None)
     for key, value in overrides.items():
         check_key(key, "overrides")
         _set_dotted(tree, key, value)

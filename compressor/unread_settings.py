@@ -50,6 +50,8 @@ _READERS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ),
     ("recovery.targets", ("blend",), ("recovery.targets_blend",)),
     ("recovery", ("ebft",), ("recovery.window", "recovery.start", "recovery.probe.blocks")),
+    ("recovery", ("ebft",), ("recovery.epochs_before_finish",)),
+    ("finish", ("kl", "auto"), ("recovery.epochs_before_finish",)),
     ("pruner", _MASKS, ("recovery.start",)),  # it solves for the kept weights of a mask
     (
         "recovery",

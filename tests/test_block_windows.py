@@ -134,7 +134,7 @@ def test_overlap_keeps_every_mask(source: LoadedSource) -> None:
             assert mask.float().mean() == 0.5
     assert [block.index for block in passed.blocks] == [0, 1, 2, 3]
     steps = [block.repaired.steps for block in passed.blocks if block.repaired]
-    assert steps == [4, 4, 4, 8]  # the last block ends two windows
+    assert steps == [2, 2, 2, 4]  # half of two epochs of two batches; the last block ends two windows
 
 
 def test_overlap_tells_each_block_once(source: LoadedSource) -> None:
@@ -145,7 +145,7 @@ def test_overlap_tells_each_block_once(source: LoadedSource) -> None:
 
 
 def test_overlap_ends_nearer_to_the_dense_model(source: LoadedSource) -> None:
-    """After pairs the last block's output is nearer to the dense one's than after single blocks."""
+    """At equal passes the last block's output is nearer to the dense one's after pairs than after single blocks."""
     after = {}
     for window in ("block", "overlap"):
         repaired = press(source, window=window, epochs=6)[1].blocks[-1].repaired

@@ -24,7 +24,7 @@ def room(**changes: Any) -> Room:
         "hidden_size": 32,
         "vocab_size": 104,
         "stored_tokens": 640,
-        "compares_layers": False,
+        "runs_dense": False,
         "device": CPU,
     }
     blocks = [source.block_structure(index) for index in range(source.num_blocks)]
@@ -41,7 +41,7 @@ def test_room_counts_parameters_gradients_moments_copy_and_mask() -> None:
         "hidden_size": 32,
         "vocab_size": 104,
         "stored_tokens": 8,
-        "compares_layers": False,
+        "runs_dense": False,
         "device": CPU,
     }
     one, two = (
@@ -57,13 +57,13 @@ def test_room_grows_with_what_takes_memory(larger: str) -> None:
     assert room(**{larger: 10_000}).needed_bytes > room().needed_bytes
 
 
-def test_room_counts_a_dense_copy_where_layers_are_compared() -> None:
+def test_room_counts_a_dense_copy_that_runs_along() -> None:
     """Four bytes for each dense parameter, and its hidden states between blocks."""
     source = source_of("llama")
     parameters = sum(
         w.numel() for i in range(source.num_blocks) for w in source.block_structure(i).parameters()
     )
-    more = room(compares_layers=True).needed_bytes - room().needed_bytes
+    more = room(runs_dense=True).needed_bytes - room().needed_bytes
     assert more == 4 * parameters + 4 * 64 * 32 * source.num_blocks
 
 

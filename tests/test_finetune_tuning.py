@@ -24,7 +24,7 @@ from compressor.streams import shuffled
 
 def recipe(**settings: Any) -> FinishRecipe:
     """A short finish by KL alone."""
-    short = {"epochs": 3, "batch_size": 4, "lr": 3e-3, "squarehead": 0.0}
+    short = {"epochs": 3, "batch_size": 4, "lr": 3e-3, "squarehead": 0.0, "noise": 0.0}
     return FinishRecipe.model_validate({**short, **settings})
 
 

@@ -57,8 +57,8 @@ def test_recipe_survives_yaml() -> None:
 
 def test_recipe_digest_names_the_settings() -> None:
     """Equal settings have equal digests however they were written; another value has another."""
-    assert read_recipe(None, {"recovery.epochs": 10}).digest() == read_recipe(None).digest()
-    assert read_recipe(None, {"recovery.epochs": 11}).digest() != read_recipe(None).digest()
+    assert read_recipe(None, {"recovery.batch_size": 8}).digest() == read_recipe(None).digest()
+    assert read_recipe(None, {"recovery.batch_size": 9}).digest() != read_recipe(None).digest()
 
 
 def test_recipe_override_beats_the_file_and_it_the_default(tmp_path: Path) -> None:

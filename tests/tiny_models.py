@@ -83,7 +83,7 @@ def save_variant(folder: Path, name: str, **overrides: Any) -> Path:
 
 
 def short_recipe(texts: Texts, **overrides: Any) -> Recipe:
-    """A recipe that takes a second: few and short windows, one epoch, a fixed learning rate.
+    """A recipe that takes a second: few and short windows, one epoch block by block, a fixed learning rate.
 
     Keyword names are dotted keys with two underscores in the place of the dot: `pruning__pattern="2:4"`.
     """
@@ -93,9 +93,11 @@ def short_recipe(texts: Texts, **overrides: Any) -> Recipe:
         "calibration.seqlen": 24,
         "evaluation.source": str(texts.evaluation),
         "evaluation.max_windows": 8,
+        "finish.method": "none",
         "recovery.epochs": 1,
         "recovery.batch_size": 4,
         "recovery.lr": 1e-3,
+        "recovery.window": "block",
     }
     settings.update({key.replace("__", "."): value for key, value in overrides.items()})
     if not {"pruning.sparsity", "pruning.pattern"} & settings.keys():

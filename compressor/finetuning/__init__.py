@@ -83,8 +83,8 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
                 "finish",
                 recipe.finish.method,
                 lambda model, seed, tell: finish(model, recipe.finish, seed=seed, tell=tell),
-                # where every layer is compared, a dense model runs along and gives the last states too
-                needs_dense=not recipe.finish.squarehead,
+                # where a dense model runs along, it gives the last states too
+                needs_dense=not recipe.finish.runs_dense,
             )
         )
     return tuple(stages)

@@ -5,8 +5,9 @@
 
 on the calibration windows of the recovery before it. Knowledge distillation (Hinton et al., arXiv 1503.02531)
 with the dense model as the teacher, as sparse finetuning does it (arXiv 2310.06927), without the text's own tokens.
-The second term asks for the hidden states of every layer too: logits alone are learnt by heart on little text
-(docs/methods.md has the losses of calibration and held-out windows side by side).
+Logits alone are learnt by heart on little text (docs/methods.md has the losses of calibration and held-out windows side
+by side). Against that the second term asks for the hidden states of every layer too, and some tokens of a training
+window are exchanged each time it is used (compressor.finetuning.noise).
 """
 
 from __future__ import annotations
@@ -20,5 +21,5 @@ from compressor.recipe import FinishRecipe
 
 def finish(model: SparseModel, recipe: FinishRecipe, *, seed: int, tell: Tell) -> Finetuned:
     """Tunes all kept weights, biases and norm gains of ``model``'s blocks in place; see ``tuning.tune``."""
-    objective = Objective(kd=1.0, sq=recipe.squarehead, temperature=recipe.temperature)
+    objective = Objective(kd=1.0, sq=recipe.squarehead, temperature=recipe.temperature, noise=recipe.noise)
     return tune("kl", model, OwnWeights(model), objective, recipe, recipe.trials, seed=seed, tell=tell)

@@ -28,12 +28,15 @@ class Objective:
         kd: h_kd, weight of the divergence from the dense model's logits.
         sq: h_sq, weight of the layers' normalised squared errors.
         temperature: Of the logits in KL.
+        noise: Share of a training window's tokens that are exchanged (``noise.with_noise``); for objectives that ask
+            the dense model alone, since the text does not go on from tokens that it has not.
     """
 
     ce: float = 0.0
     kd: float = 0.0
     sq: float = 0.0
     temperature: float = 1.0
+    noise: float = 0.0
 
     @property
     def name(self) -> str:

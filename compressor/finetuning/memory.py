@@ -45,7 +45,7 @@ def room_for(
     hidden_size: int,
     vocab_size: int,
     stored_tokens: int,
-    compares_layers: bool,
+    runs_dense: bool,
     device: torch.device,
     free_host_bytes: int,
 ) -> Room:
@@ -57,7 +57,7 @@ def room_for(
         hidden_size: D.
         vocab_size: V.
         stored_tokens: Of all calibration and held-out windows, whose hidden states lie in host memory.
-        compares_layers: Whether a dense copy of the blocks runs along.
+        runs_dense: Whether a dense copy of the blocks runs along.
         device: Where it would happen.
         free_host_bytes: Host memory that is free, which counts where the device is the CPU.
     """
@@ -66,7 +66,7 @@ def room_for(
     passed_on = 4 * tokens * hidden_size * len(blocks)
     logits = 4 * _LOGIT_COPIES * min(LOGITS, tokens * vocab_size)
     needed = BYTES_PER_PARAMETER * parameters + 2 * kept + passed_on + logits
-    if compares_layers:
+    if runs_dense:
         needed += _BYTES_PER_DENSE_PARAMETER * parameters + passed_on
     if device.type == "cuda":
         return Room(needed, torch.cuda.mem_get_info(device)[0])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compressor.errors import InputRefused
 from compressor.finetuning.losses import Objective, squarehead, token_loss
+from compressor.finetuning.noise import with_noise
 from compressor.finetuning.parametrisation import Parametrisation
 from compressor.finetuning.sparse_model import (
     KEPT_ACTIVATIONS_BYTES,
@@ -160,8 +161,9 @@ class _Tuning:
     ) -> None:
         self._model, self._parametrisation, self._objective = model, parametrisation, objective
         self._recipe = recipe
-        # Errors in every layer need a second, dense model beside the sparse one; so does KL without kept states.
-        needed = objective.sq or (objective.kd and model.training.dense is None)
+        # Errors in every layer need a second, dense model beside the sparse one; so does KL without kept states, and
+        # those are of the windows as they are.
+        needed = objective.sq or objective.noise or (objective.kd and model.training.dense is None)
         layers = range(len(model.blocks)) if needed else ()
         self._dense_blocks = [model.load_dense(index) for index in layers]
         self._recompute = _recomputes(model, recipe.batch_size)
@@ -173,7 +175,7 @@ class _Tuning:
         task = Task(
             weights=self._parametrisation.weights,
             windows=len(self._model.training),
-            losses=lambda batches: self._losses(self._model.training, batches),
+            losses=lambda batches: self._losses(self._model.training, batches, self._objective.noise),
             heldout=self.heldout,
             zero_gradients=self._parametrisation.zero_gradients,
             device=self._model.device,
@@ -222,10 +224,11 @@ class _Tuning:
         self._parametrisation.train(True)
         return float(total) / max(1, len(windows))
 
-    def _losses(self, windows: Windows, batches: Batches) -> Iterator[Tensor]:
-        """The objective of each batch, in float32."""
+    def _losses(self, windows: Windows, batches: Batches, noise: float = 0.0) -> Iterator[Tensor]:
+        """The objective of each batch, in float32, with a share of the tokens exchanged."""
         model, objective = self._model, self._objective
-        for ids, dense in _batches(windows, batches, model.device):
+        for clean, dense in _batches(windows, batches):
+            ids = with_noise(clean, noise, windows.ids).to(model.device)
             with autocast(model):
                 states = hidden_states(model, self._parametrisation.blocks, ids, recompute=self._recompute)
                 wanted = self._dense_states(ids)
@@ -249,16 +252,14 @@ class _Tuning:
             return hidden_states(self._model, self._dense_blocks, ids) if self._dense_blocks else []
 
 
-def _batches(
-    windows: Windows, batches: Batches, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Ids (B, T) and, where they are kept, the dense model's last hidden states (B, T, D), on the device."""
+def _batches(windows: Windows, batches: Batches) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Ids (B, T) and, where they are kept, the dense model's last hidden states (B, T, D), those on the device."""
     if windows.dense is None:
         for rows in batches:
-            yield windows.ids[list(rows)].to(device), None
+            yield windows.ids[list(rows)], None
         return
     for rows, (dense,) in zip(batches, prefetched([windows.dense], batches), strict=True):
-        yield windows.ids[list(rows)].to(device), dense
+        yield windows.ids[list(rows)], dense
 
 
 def _recomputes(model: SparseModel, batch_size: int) -> bool:
