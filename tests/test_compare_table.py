@@ -16,10 +16,11 @@ from compressor.comparison.csv_rows import CSV_COLUMNS, csv_text
 from compressor.comparison.markdown import markdown_text
 from compressor.comparison.page import render_page
 from compressor.comparison.protocol import protocol_lines
-from compressor.comparison.results import Comparison, comparison_from_tree
+from compressor.comparison.results import Comparison, FinishFigures, comparison_from_tree
 from compressor.comparison.table import gap_closed, plain_lines, tables_of
 from compressor.comparison.task_table import task_tables
 from compressor.errors import InputRefused
+from compressor.report.schema import LearningRateFacts
 
 
 def test_compare_csv_has_a_line_for_each_cell_and_text() -> None:
@@ -101,6 +102,29 @@ def test_compare_table_has_columns_for_every_text() -> None:
     assert "recovered on other.txt" in table.columns
     assert table.rows[0][table.columns.index("recovered on other.txt")] == "30.00"
     assert len(csv_text(comparison).splitlines()) == 3
+
+
+def test_compare_table_and_csv_show_the_losses_of_the_finish_beside_the_repairs() -> None:
+    """Held-out and calibration loss of both stages stand in one row, so that over-fitting of either is seen."""
+    finish = FinishFigures(
+        method="kl",
+        loss="kl",
+        heldout_before=0.5,
+        heldout=0.3,
+        calibration=0.1,
+        learning_rate=LearningRateFacts(chosen=0.003),
+        best_step=9,
+        steps=9,
+    )
+    found = figures(20.0, 9.9, recovery_s=30.0).model_copy(update={"finish": finish})
+    comparison = sample_comparison().model_copy(update={"cells": (cell("wanda", "0.5", "ebft", found),)})
+    (table,) = tables_of(comparison)
+    row = dict(zip(table.columns, table.rows[0], strict=True))
+    assert (row["held-out loss"], row["calibration loss"]) == ("0.1 → 0.02", "0.015")
+    assert (row["finish held-out"], row["finish calibration"]) == ("0.5 → 0.3", "0.1")
+    (line,) = csv.DictReader(io.StringIO(csv_text(comparison)))
+    keys = ("heldout_loss_before", "heldout_loss", "calibration_loss", "learning_rate")
+    assert [float(line[f"finish_{key}"]) for key in keys] == [0.5, 0.3, 0.1, 0.003]
 
 
 def test_compare_markdown_is_a_table_with_its_protocol() -> None:

@@ -30,6 +30,10 @@ CSV_COLUMNS = (
     "heldout_loss",
     "calibration_loss",
     "learning_rate",
+    "finish_heldout_loss_before",
+    "finish_heldout_loss",
+    "finish_calibration_loss",
+    "finish_learning_rate",
     "trained_parameters",
     "pruning_s",
     "recovery_s",
@@ -87,6 +91,9 @@ def _csv_row(cell: CellRow, text: str) -> Iterator[object]:
         yield from (found.dense, found.pruned, found.recovered, gap_closed(figures, text), figures.sparsity)
         yield from (losses.heldout_before, losses.heldout, losses.calibration) if losses else (None,) * 3
         yield learning_rate(figures)
+        finish = figures.finish
+        yield from (finish.heldout_before, finish.heldout, finish.calibration) if finish else (None,) * 3
+        yield finish.learning_rate.chosen if finish else None
         yield figures.trained_parameters
         yield from (seconds.pruning, seconds.recovery, seconds.finish, seconds.method, seconds.cell)
         yield from (figures.peak_memory_bytes.host, figures.peak_memory_bytes.device)

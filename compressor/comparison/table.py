@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from compressor.comparison.cells import target_label
-from compressor.comparison.results import CellRow, Comparison, Figures
+from compressor.comparison.results import CellRow, Comparison, Figures, FinishFigures, Losses
 from compressor.report.tables import setting
 from compressor.report.units import MISSING, byte_size, count, duration, number, percent, perplexity
 
@@ -15,8 +15,10 @@ OPEN = "not made yet"
 # Columns that a narrow terminal goes without, first the one that is missed least; files have them all.
 _DISPENSABLE = (
     "calibration loss",
+    "finish calibration",
     "trained",
     "learning rate",
+    "finish held-out",
     "held-out loss",
     "zeros",
     "device peak",
@@ -159,7 +161,8 @@ def _columns(texts: Sequence[str]) -> Iterator[str]:
     for text in texts:
         suffix = f" on {text}" if len(texts) > 1 else ""
         yield from (f"pruned{suffix}", f"recovered{suffix}", f"gap closed{suffix}")
-    yield from ("zeros", "held-out loss", "calibration loss", "learning rate", "trained")
+    yield from ("zeros", "held-out loss", "calibration loss", "learning rate")
+    yield from ("finish held-out", "finish calibration", "trained")
     yield from ("pruning time", "recovery time", "finish time", "host peak", "device peak")
 
 
@@ -169,7 +172,7 @@ def _words(cell: CellRow, texts: Sequence[str]) -> tuple[str, ...]:
     figures = cell.figures
     if figures is None:
         why = cell.failure.error_id if cell.failure is not None else OPEN
-        return (*head, why, *("" for _ in range(3 * len(texts) + 9)))
+        return (*head, why, *("" for _ in range(3 * len(texts) + 11)))
     found = []
     for text in texts:
         closed = gap_closed(figures, text)
@@ -179,13 +182,16 @@ def _words(cell: CellRow, texts: Sequence[str]) -> tuple[str, ...]:
             perplexity(figures.perplexity[text].recovered),
             percent(closed) if closed is not None and repaired else "",
         ]
-    losses, seconds, peaks = figures.losses, figures.seconds, figures.peak_memory_bytes
+    losses, finish = figures.losses, figures.finish
+    seconds, peaks = figures.seconds, figures.peak_memory_bytes
     rate = learning_rate(figures)
     rest = (
         percent(figures.sparsity, 2),
-        f"{number(losses.heldout_before, 3)} → {number(losses.heldout, 3)}" if losses else "",
-        number(losses.calibration, 3) if losses and losses.calibration is not None else "",
+        _heldout(losses),
+        _calibration(losses),
         number(rate, 3) if rate is not None else "",
+        _heldout(finish),
+        _calibration(finish),
         count(figures.trained_parameters) if figures.trained_parameters is not None else "",
         duration(seconds.pruning),
         duration(seconds.recovery) if seconds.recovery else "",
@@ -194,6 +200,14 @@ def _words(cell: CellRow, texts: Sequence[str]) -> tuple[str, ...]:
         byte_size(peaks.device) if peaks.device is not None else "",
     )
     return (*head, *found, *(word if word != MISSING else "" for word in rest))
+
+
+def _heldout(stage: Losses | FinishFigures | None) -> str:
+    return f"{number(stage.heldout_before, 3)} → {number(stage.heldout, 3)}" if stage else ""
+
+
+def _calibration(stage: Losses | FinishFigures | None) -> str:
+    return number(stage.calibration, 3) if stage and stage.calibration is not None else ""
 
 
 def _best(cells: Sequence[CellRow], text: str) -> frozenset[int]:
