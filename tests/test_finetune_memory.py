@@ -11,7 +11,10 @@ from finetune_samples import CPU, source_of
 from compressor import end_to_end
 from compressor.end_to_end import finish_for
 from compressor.finetuning.memory import Room, room_for
+from compressor.planning import as_used
 from compressor.recipe import Recipe
+from compressor.recipe_file import read_recipe
+from compressor.sparsity import SparsityPattern
 
 MIB = 2**20
 
@@ -87,6 +90,29 @@ def test_auto_takes_the_finish_that_fits(
     assert why is not None
     assert said in why
     assert "GiB are free on cpu" in why
+
+
+@pytest.mark.parametrize("recovery", ["none", "dsnot", "lora"])
+def test_auto_leaves_other_recoveries_alone(monkeypatch: pytest.MonkeyPatch, recovery: str) -> None:
+    """Who names another recovery sees what it does by itself, whatever fits."""
+    monkeypatch.setattr("compressor.end_to_end.available_memory_bytes", lambda: 2**40)
+    recipe = Recipe.model_validate({"finish": {"method": "auto"}, "recovery": {"method": recovery}})
+    assert finish_for(source_of("llama"), recipe, windows=8, seqlen=16, device=CPU) == ("none", None)
+
+
+@pytest.mark.parametrize(("finish", "epochs"), [("kl", 2), ("none", 10)])
+def test_blocks_get_the_passes_that_no_finish_takes(finish: str, epochs: int) -> None:
+    """The default repairs for 2 epochs before a finish and for 10 without one; both are 10 passes in all."""
+    recipe = as_used(read_recipe(None), SparsityPattern.unstructured(0.5), 64, finish)
+    assert recipe.recovery.epochs == epochs
+    assert recipe.recovery.epochs + (recipe.finish.epochs if finish == "kl" else 0) == 10
+
+
+@pytest.mark.parametrize("settings", [{"recovery.epochs": 7}, {"recovery.method": "lora"}])
+def test_epochs_that_are_given_count_with_a_finish_too(settings: dict[str, Any]) -> None:
+    """``--epochs`` stands in for what the built-in recipe has; other recoveries never read it."""
+    recipe = as_used(read_recipe(None, settings), SparsityPattern.unstructured(0.5), 64, "kl")
+    assert recipe.recovery.epochs == settings.get("recovery.epochs", 10)
 
 
 @pytest.mark.parametrize("method", ["none", "kl"])
