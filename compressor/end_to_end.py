@@ -35,10 +35,10 @@ def finish_for(
         seqlen: Tokens of each.
         device: Where it would happen.
     """
+    if not recipe.may_finish:
+        return "none", None
     if recipe.finish.method != "auto":
         return recipe.finish.method, None
-    if recipe.recovery.method != "ebft":  # another method is asked for to see what it does by itself
-        return "none", None
     room = room_for(
         [source.block_structure(index) for index in range(source.num_blocks)],
         tokens=recipe.finish.batch_size * seqlen,

@@ -313,6 +313,11 @@ class Recipe(_Section):
     gates: GatesRecipe = GatesRecipe()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
+    @property
+    def may_finish(self) -> bool:
+        """Whether a finish may follow; with ``auto`` every recovery but EBFT shows what it does by itself."""
+        return self.finish.method == "kl" or (self.finish.method == "auto" and self.recovery.method == "ebft")
+
     def digest(self) -> str:
         """sha256 over the canonical JSON of all settings (hex)."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()

@@ -27,7 +27,7 @@ _CHOICES: Mapping[str, Callable[[Recipe], object]] = {
     "recovery.targets": lambda recipe: recipe.recovery.targets,
     "recovery.lr": lambda recipe: recipe.recovery.lr,
     "learning rate": lambda recipe: _learning_rate(recipe),
-    "finish": lambda recipe: recipe.finish.method,
+    "finish": lambda recipe: recipe.finish.method if recipe.may_finish else "none",
     "finish.lr": lambda recipe: recipe.finish.lr,
 }
 

@@ -35,6 +35,8 @@ class Bench:
             "recovery.epochs": 1,
             "recovery.batch_size": 4,
             "recovery.lr": 1e-3,
+            "recovery.window": "block",
+            "finish.method": "none",
         }
         choices = {"isolate": False, "progress": self.events.append, **options}
         return compare(self.workshop.model, out, parse_grid(grid), overrides=overrides, **choices)

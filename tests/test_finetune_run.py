@@ -127,7 +127,7 @@ def test_finish_lowers_the_divergence_after_any_repair(workshop: Workshop, tmp_p
     assert result.passed is True
     assert all(block["steps"] == 6 for block in result.report["blocks"])
     row = only_row(result)
-    assert (row["stage"], row["method"], row["loss"]) == ("finish", "kl", "kl + squarehead")
+    assert (row["stage"], row["method"], row["loss"]) == ("finish", "kl", "kl + 2 squarehead")
     assert row["loss_after"] < row["loss_before"]
     assert row["calibration_last"] < row["calibration_first"]
     assert result.report["timings"]["blocks: kl"] == row["seconds"]

@@ -97,8 +97,9 @@ def short_recipe(texts: Texts, **overrides: Any) -> Recipe:
         "recovery.epochs": 1,
         "recovery.batch_size": 4,
         "recovery.lr": 1e-3,
-        "recovery.window": "block",
     }
+    if overrides.get("recovery__method", "ebft") == "ebft":
+        settings["recovery.window"] = "block"
     settings.update({key.replace("__", "."): value for key, value in overrides.items()})
     if not {"pruning.sparsity", "pruning.pattern"} & settings.keys():
         settings["pruning.sparsity"] = 0.5

@@ -65,7 +65,7 @@ class Surroundings:
 
 def is_base(recipe: Recipe) -> bool:
     """Whether nothing follows the pruning."""
-    return recipe.recovery.method == "none" and recipe.finish.method == "none"
+    return recipe.recovery.method == "none" and not recipe.may_finish
 
 
 def base_of(recipe: Recipe) -> Recipe:
@@ -80,10 +80,11 @@ def base_of(recipe: Recipe) -> Recipe:
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    """The settings that count: a recovery that there is not has none."""
+    """The settings that count: a recovery or finish that there is not has none."""
     settings = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in _NO_PART}
-    for section in ("recovery", "finish"):
-        if settings[section]["method"] == "none":
-            settings[section] = "none"
+    if recipe.recovery.method == "none":
+        settings["recovery"] = "none"
+    if not recipe.may_finish:
+        settings["finish"] = "none"
     settings["export"] = settings["export"]["dtype"]
     return settings
