@@ -111,6 +111,19 @@ def test_windows_repeat_and_follow_the_seed(sampler: str) -> None:
     assert first.sha256 != other.sha256
 
 
+def test_windows_of_other_shapes_have_other_hashes() -> None:
+    """The same ids in windows half as long, or split otherwise, are other windows."""
+    text = text_of((LETTERS * 5)[:128], kind="text")
+    whole, short, held = (
+        cut(text, num_samples=number, seqlen=length, heldout_share=share)
+        for number, length, share in ((8, 16, 0.25), (16, 8, 0.25), (8, 16, 0.375))
+    )
+    ids = [torch.cat([windows.ids, windows.heldout]).flatten() for windows in (whole, short, held)]
+    assert torch.equal(ids[0], ids[1])
+    assert torch.equal(ids[0], ids[2])
+    assert len({whole.sha256, short.sha256, held.sha256}) == 3
+
+
 def test_joined_windows_use_what_there_is() -> None:
     """A text with fewer windows than asked for is used up, and the protocol gives both numbers."""
     windows = cut(documents(2), num_samples=100)

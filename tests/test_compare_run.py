@@ -101,9 +101,8 @@ def test_compare_with_own_masks_is_what_run_gives(bench: Bench, workshop: Worksh
     """Perplexities, sparsity and recipe digest equal those of ``compress run``, bit for bit, whatever was shared."""
     result = bench.run(tmp_path / "out", {**LISTS, "pruners": ["sparsegpt"], "masks": "own"})
     for recovery in ("none", "ebft"):
-        alone = workshop.quick(
-            tmp_path / f"{recovery}.onnx", pruning__method="sparsegpt", recovery__method=recovery
-        )
+        settings = {"recovery__method": recovery, "recovery__window": "block"}
+        alone = workshop.quick(tmp_path / f"{recovery}.onnx", pruning__method="sparsegpt", **settings)
         found = figures(result, "sparsegpt", recovery)
         (values,) = found.perplexity.values()
         assert values.model_dump() == {key: alone.report["perplexity"][key] for key in values.model_dump()}
@@ -193,6 +192,20 @@ def test_compare_stopped_keeps_what_is_finished(
     again = bench.run(tmp_path / "out", LISTS)
     assert bench.made() == ["wanda · 50 % · ebft", "sparsegpt · 50 % · none", "sparsegpt · 50 % · ebft"]
     assert perplexities(again) == perplexities(whole)
+
+
+def test_compare_tells_windows_of_other_lengths_apart(bench: Bench, tmp_path: Path) -> None:
+    """The same tokens in shorter windows make another cell."""
+    variants = [
+        {"name": "long", "set": {"calibration.num_samples": 8}},
+        {"name": "short", "set": {"calibration.num_samples": 16, "calibration.seqlen": 12}},
+    ]
+    grid = {**LISTS, "pruners": ["wanda"], "recoveries": ["ebft"], "variants": variants}
+    long, short = bench.run(tmp_path / "out", grid).comparison.cells
+    assert long.fingerprint != short.fingerprint
+    assert long.figures
+    assert short.figures
+    assert long.figures.perplexity != short.figures.perplexity
 
 
 def test_compare_force_starts_over(bench: Bench, whole: ComparisonResult, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_live_line_shows_steps_and_trials() -> None:
     [
         (["--finish", "kl"], "ebft", "kl"),
         (["--recovery", "masked-lora", "--finish", "auto"], "masked-lora", "auto"),
-        (["--recovery", "spp"], "spp", "none"),
+        (["--recovery", "spp"], "spp", "auto"),
     ],
 )
 def test_options_set_recovery_and_finish(

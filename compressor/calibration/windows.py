@@ -32,7 +32,8 @@ class Windows:
         ids: Windows to work on, (N, T) int64.
         heldout: Windows that only select, (H, T) int64; they share no token with ``ids``.
         protocol: How they were made, in plain values for the report.
-        sha256: Hex digest of all ids as little-endian int64, ``ids`` first.
+        sha256: Hex digest of both shapes (``N,T;H,T;``) and of all ids as little-endian int64, ``ids`` first: one text
+            in shorter windows, or with more of them held out, has another.
     """
 
     ids: Tensor
@@ -104,8 +105,18 @@ def calibration_windows(
         "seed": seed,
     }
     first, second = torch.tensor(ids, dtype=torch.int64), torch.tensor(held, dtype=torch.int64)
-    digest = hashlib.sha256(torch.cat([first, second]).numpy().astype("<i8").tobytes()).hexdigest()
+    digest = _digest(first, second)
     return Windows(first, second, {**protocol, "sha256": digest}, digest)
+
+
+def _digest(ids: Tensor, heldout: Tensor) -> str:
+    """Hex digest of the shapes and ids of both kinds of windows."""
+    found = hashlib.sha256()
+    for windows in (ids, heldout):
+        found.update((",".join(map(str, windows.shape)) + ";").encode())
+    for windows in (ids, heldout):
+        found.update(windows.numpy().astype("<i8").tobytes())
+    return found.hexdigest()
 
 
 def _split(

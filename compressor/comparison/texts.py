@@ -70,14 +70,14 @@ class GridTexts:
         return self._calibrations[key]
 
     def evaluation_digests(self) -> list[str]:
-        """Digest of the windows of each text, in order."""
-        return [evaluation.protocol.sha256 for evaluation in self.evaluations.values()]
+        """What tells the windows of each text from all others, in order."""
+        return [_digest(evaluation) for evaluation in self.evaluations.values()]
 
     def save_evaluations(self, folder: Path) -> dict[str, str]:
         """Write the evaluation windows where they are missing; their files by the name of the text."""
         files = {}
         for name, evaluation in self.evaluations.items():
-            path = folder / f"evaluation-{evaluation.protocol.sha256[:32]}.safetensors"
+            path = folder / f"evaluation-{_digest(evaluation)}.safetensors"
             if not path.is_file():
                 save_windows(path, windows=torch.from_numpy(evaluation.ids))
             files[name] = str(path)
@@ -90,3 +90,9 @@ class GridTexts:
         if not path.is_file():
             save_windows(path, calibration=windows.ids, heldout=windows.heldout)
         return str(path)
+
+
+def _digest(evaluation: Evaluation) -> str:
+    """Digest of the ids and the shape of its windows."""
+    rows, columns = evaluation.ids.shape
+    return f"{evaluation.protocol.sha256[:32]}-{rows}x{columns}"
