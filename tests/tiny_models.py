@@ -93,6 +93,7 @@ def short_recipe(texts: Texts, **overrides: Any) -> Recipe:
         "calibration.seqlen": 24,
         "evaluation.source": str(texts.evaluation),
         "evaluation.max_windows": 8,
+        "pruning.method": "wanda",
         "finish.method": "none",
         "recovery.epochs": 1,
         "recovery.batch_size": 4,
