@@ -32,7 +32,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	@mkdir -p build/demo
-	$(BIN)/compress run examples/tiny-llm --out build/demo/sparse.onnx --force
+	$(BIN)/compress run examples/tiny-llm --out build/demo/sparse.onnx --num-calibration-samples 64 --force
 
 test: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2

@@ -251,7 +251,7 @@ def test_report_page_shows_the_measured_numbers() -> None:
 def test_report_page_shows_the_end_to_end_stage() -> None:
     """Held-out and calibration losses, step, rate and weights of a stage stand in its row; trials below."""
     words = words_of(page_of("whole"))
-    assert "finish kl kl 0.4021 0.3187 0.3644 0.2511 160 of 160 1e−4 389 100 000 8 min 32 s" in words
+    assert "finish kl kl 0.4021 → 0.3187 0.3644 → 0.2511 160 of 160 1e−4 389 100 000 8 min 32 s" in words
     assert "The learning rate 1e−4 of the finish was chosen on held-out windows from" in words
 
 

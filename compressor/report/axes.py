@@ -28,7 +28,7 @@ def canvas(
 
 def log_ticks(axis: Any, low: float, high: float) -> None:
     """Round tick values on a log axis, written out, about three to six of them."""
-    from matplotlib.ticker import FixedLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[float] = []
@@ -37,6 +37,8 @@ def log_ticks(axis: Any, low: float, high: float) -> None:
         ticks = [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
         if len(ticks) >= 3:
             break
+    else:  # less than a decade: round steps of equal size
+        ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
     axis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 6) or 1] or [low]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: units.number(float(f"{value:.3g}"), 3))
