@@ -163,7 +163,7 @@ def test_unread_settings_are_all_told_where_nothing_is_read() -> None:
     [
         ({"recovery.method": "lora", "recovery.window": "split"}, "recovery lora: recovery.window"),
         ({"recovery.method": "none", "recovery.epochs": 10}, "recovery none: recovery.epochs"),
-        ({"pruning.update_weights": True}, "pruner wanda: pruning.update_weights"),
+        ({"pruning.method": "wanda", "pruning.update_weights": True}, "pruner wanda: pruning.update_weights"),
         ({"pruning.owl": {"m": 3.0}}, "allocation uniform: pruning.owl.m"),
         ({"recovery.targets_blend": 0.1}, "recovery.targets model: recovery.targets_blend"),
         ({"pruning.method": "flap", "recovery.start": "least_squares"}, "pruner flap: recovery.start"),
