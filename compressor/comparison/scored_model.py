@@ -35,7 +35,8 @@ def score_model(request: ScoringRequest, *, stop: Callable[[], bool], progress: 
     checkpoint = open_checkpoint(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code
     )
-    model = TorchReference(load_causal_lm(checkpoint, torch.float32), resolve_device(request.device))
+    device = resolve_device(request.device)
+    model = TorchReference(load_causal_lm(checkpoint, torch.float32).to(device), device)
 
     def told(done: int, total: int) -> None:
         if stop():

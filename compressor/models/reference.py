@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor.models.checkpoint import open_checkpoint, open_tokenizer
-from compressor.models.loading import load_causal_lm
+from compressor.models.checkpoint import Checkpoint, open_checkpoint, open_tokenizer
+from compressor.models.mapped_model import MappedModel
 from compressor.models.quiet import quiet_transformers
-from exporters.probe import find_blocks
+from exporters.probe import BlockList, find_blocks
 from validators.reference import Floats, Ids, Reference, position_ids
 
-__all__ = ["TorchReference", "load_reference", "load_tokenizer"]
+__all__ = ["TorchReference", "load_reference", "load_tokenizer", "reference_of"]
 
 
 class TorchReference:
@@ -24,13 +24,14 @@ class TorchReference:
 
     Args:
         model: A causal language model of transformers in eval mode.
-        device: Where it computes; the model is moved there.
+        device: Where it lies and computes.
+        blocks: Its decoder blocks, where they are known.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._model = model.to(device)
+    def __init__(self, model: nn.Module, device: torch.device, blocks: BlockList | None = None) -> None:
+        self._model = model
         self._device = device
-        self._blocks = find_blocks(model)
+        self._blocks = blocks or find_blocks(model)
 
     def logits(self, ids: Ids, attention_mask: Ids | None = None) -> Floats:
         """Logits (B, T, V) float32. ``ids``, ``attention_mask``: (B, T); no mask means no padding."""
@@ -79,7 +80,17 @@ def load_reference(folder: str, trust_remote_code: bool = False, device: str = "
         HubError: It is a hub id that cannot be fetched.
     """
     checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
-    return TorchReference(load_causal_lm(checkpoint, torch.float32), torch.device(device))
+    return reference_of(checkpoint, torch.device(device))
+
+
+def reference_of(checkpoint: Checkpoint, device: torch.device) -> TorchReference:
+    """The checkpoint's model as a reference that has one block in memory at a time, as it runs.
+
+    Raises:
+        InputRefused: It is no model that can be loaded.
+    """
+    mapped = MappedModel(checkpoint, torch.float32, device)
+    return TorchReference(mapped.fill_as_they_run(), device, mapped.blocks)
 
 
 def load_tokenizer(folder: str, trust_remote_code: bool = False) -> Any:

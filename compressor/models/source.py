@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compressor.errors import InputRefused, ReportedError
 from compressor.models.checkpoint import Checkpoint, first_line
 from compressor.models.loading import load_causal_lm, refuse_unusable, restore_float32_buffers
+from compressor.models.mapped import MappedFiles
 from compressor.models.quiet import quiet_transformers
 from compressor.models.registry import Architecture
 from exporters.probe import BlockCall, capture, find_blocks, run_head
@@ -79,7 +80,10 @@ class BlockSource(Protocol):
 
 
 class LoadedSource:
-    """A source that holds the whole model in host memory: blocks as stored, all else in the compute dtype.
+    """A source that holds embedding, norm and head in the compute dtype, and views of the blocks as they are stored.
+
+    A block whose weights are stored in the dtype and form that its model wants takes no memory but the file's pages,
+    which are given back once it has been read; others (fused experts, a mix of dtypes) lie in host memory.
 
     Args:
         checkpoint: The model.
@@ -104,6 +108,7 @@ class LoadedSource:
         self.architecture = checkpoint.architecture
         self._device, self._dtype = device, compute_dtype
         self._model = load_causal_lm(checkpoint, checkpoint.dtype)
+        self._mapped = MappedFiles(checkpoint.weights.paths)
         restore_float32_buffers(self._model)
         self.config = self._model.config
         self.num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
@@ -111,7 +116,11 @@ class LoadedSource:
             self._blocks = find_blocks(self._model)
         self.num_blocks, self.blocks_name = len(self._blocks), self._blocks.name
         stored = checkpoint.dtype if stored_dtype is None else stored_dtype
-        refuse_unusable(self._model.state_dict().items(), stored)
+        for index, block in enumerate(self._blocks.modules):
+            prefix = f"{self.blocks_name}.{index}."
+            refuse_unusable(((prefix + name, t) for name, t in block.state_dict().items()), stored)
+            self._mapped.give_back(block.parameters())
+        refuse_unusable(self.rest_tensors().items(), stored)
         self._move_all_but_blocks(stored)
         self._calls: OrderedDict[tuple[int, ...], Sequence[BlockCall]] = OrderedDict()
         self.vocab_size = int(self._model.get_input_embeddings().weight.shape[0])
@@ -140,6 +149,7 @@ class LoadedSource:
         original = self._blocks.modules[index]
         # The config is shared: a copy would cost more than small blocks do.
         block = copy.deepcopy(original, {id(self.config): self.config})
+        self._mapped.give_back(original.parameters())
         return block.to(device=self._device, dtype=self._dtype).eval().requires_grad_(False)
 
     def forward(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
