@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from compressor.block_pruning import BlockPruning, PrunedBlock, prepare_pruning
+from compressor.block_result import BlockResult, PassResult
 from compressor.block_windows import BlockWindow, OpenBlock, joined, training_of_a_window, windows_of
 from compressor.calibration_states import CalibrationStates, States
 from compressor.dense_path import ComputedPath, DensePath
@@ -27,6 +27,7 @@ from compressor.finetuning import Finetuned, Windows, stages_of
 from compressor.linears import IgnoreRules, PrunableMatrix, observe_inputs, prunable_matrices
 from compressor.models.source import BlockSource
 from compressor.models.writer import BlockWriter
+from compressor.pass_state import PassState, StoredOpenBlock
 from compressor.perplexities import EvaluationStreams, PerplexityStreams, Version
 from compressor.progress import BlockFinished, BlockProgress, LearningRateChosen, Progress
 from compressor.pruned_model import NoPrunedModel, PrunedModel
@@ -36,61 +37,10 @@ from compressor.recovery import RECOVERIES
 from compressor.recovery.block_io import BlockIO, Repaired
 from compressor.recovery.lr_probe import LearningRateProbe
 from compressor.recovery.warm_start import warm_start
+from compressor.run.faults import reach
 from compressor.sparsity import Mask, SparsityPattern
+from compressor.streams import Activations
 from compressor.structured import Anatomy
-
-
-@dataclass(frozen=True)
-class BlockResult:
-    """One committed block.
-
-    Attributes:
-        index: Which one.
-        repaired: How its repair went; None without one.
-        notes: The pruner's, one per matrix.
-        elapsed_s: Wall time of all.
-        pruning_s: Of statistics and masks; 0 for a block that was pruned before.
-        recovery_s: Of the repair, trials of learning rates included.
-        target: The sparsity that the block was to have; ``None`` where it is the model's.
-        shapes: By parameter, its shape before and after, where heads or neurons were taken out.
-    """
-
-    index: int
-    repaired: Repaired | None
-    notes: tuple[str, ...]
-    elapsed_s: float
-    pruning_s: float = 0.0
-    recovery_s: float = 0.0
-    target: float | None = None
-    shapes: Mapping[str, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class PassResult:
-    """All blocks, the perplexities that came out of the same pass, and the learning rate that was used.
-
-    ``finetuned`` has one entry for each end-to-end stage after the pass.
-    """
-
-    blocks: tuple[BlockResult, ...]
-    perplexities: dict[str, float]
-    lr: float | None
-    lr_tried: tuple[float, ...]
-    finetuned: tuple[Finetuned, ...] = ()
-
-    @property
-    def taken_out(self) -> float | None:
-        """Share of the prunable weights that are gone, where heads or neurons were taken out."""
-        sizes = [sizes for block in self.blocks for sizes in block.shapes.values()]
-        if not sizes:
-            return None
-        return 1 - sum(after.numel() for _, after in sizes) / sum(before.numel() for before, _ in sizes)
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """What the pruner had to say, one line per matrix, and the end-to-end stages."""
-        stages = tuple(tuned.note for tuned in self.finetuned if tuned.note)
-        return (*(note for block in self.blocks for note in block.notes), *stages)
 
 
 def check_plan(source: BlockSource, pattern: SparsityPattern, ignore: IgnoreRules) -> int:
@@ -134,6 +84,7 @@ class BlockPass:
         dense_path: Moves the dense model's hidden states; None runs every block.
         pruned_model: Blocks that were pruned before, or a place for those that are; None prunes all and keeps none.
         anatomy: The heads and neurons of ``source``, where they have been looked for already.
+        state: Keeps what is done after each window, and may hold windows that an earlier run has done; None keeps none.
     """
 
     def __init__(
@@ -152,8 +103,10 @@ class BlockPass:
         dense_path: DensePath | None = None,
         pruned_model: PrunedModel | None = None,
         anatomy: Anatomy | None = None,
+        state: PassState | None = None,
     ) -> None:
         self._source = source
+        self._state = state
         self._recipe = recipe
         self._pattern = pattern
         self._ignore = ignore
@@ -197,22 +150,66 @@ class BlockPass:
             StoppedSafely: ``stop`` said so between two blocks.
             ReportedError: Weights or activations are not finite, a Hessian is singular, and the like.
         """
-        results = []
-        for window in self._windows:
+        results = self._go_on(writer)
+        done = 0 if self._state is None else self._state.windows_done
+        for number, window in enumerate(self._windows[done:], start=done + 1):
             if self._stop():
                 raise StoppedSafely(
                     "E-STOPPED",
                     f"stopped before block {window.blocks[-1]} of {self._source.num_blocks}",
                     "run the same command again",
                 )
+            reach("blocks: before a window")
             result = self._one_window(window, writer)
             if window.is_last_of:
                 results.append(result)
+            if self._state is not None:
+                opened = list(self._open.values())
+                self._state.commit(number, results, self._probe.state(), self._streams, opened)
+            reach("blocks: after a window")
         finetuned = self._tune_together(writer) if self._end_to_end.stages else ()
         perplexities = self._evaluation.perplexities()
         perplexities.setdefault("recovered", perplexities["pruned"])
         lr = (self._probe.lr or None) if self._repair else None  # 0: nothing was trained
         return PassResult(tuple(results), perplexities, lr, self._probe.tried, finetuned)
+
+    def _go_on(self, writer: BlockWriter) -> list[BlockResult]:
+        """Take over what the state holds of an earlier run; the results of its blocks."""
+        state = self._state
+        if state is None or not state.windows_done:
+            return []
+        for index in state.finished_blocks():
+            block, masks = state.load_finished(index)
+            self._hand_on(index, block, masks, self._matrices(index, block), writer)
+        state.restore(self._streams)
+        self._probe.restore(state.probe)
+        for stored in state.open_blocks():
+            self._open[stored.open.index] = self._reopened(stored)
+        return state.results
+
+    def _reopened(self, stored: StoredOpenBlock) -> OpenBlock:
+        """A block between two windows, with what its repair sees."""
+        opened = stored.open
+        opened.matrices = self._matrices(opened.index, opened.block)
+        targets = self._states.dense
+        if stored.targets:
+            training, heldout = (
+                Activations.filled(stored.targets[kind], device=self._device)
+                for kind in ("training", "heldout")
+            )
+            targets = States(training, heldout)
+        if self._repair is not None and targets is not None:
+            opened.io = self._io(opened.index, opened.matrices, self._states.sparse, targets)
+        return opened
+
+    @property
+    def _streams(self) -> dict[str, Activations]:
+        """Every stream of the pass by name."""
+        evaluated = {f"evaluation.{name}": stream for name, stream in self._evaluation.streams.items()}
+        return {**self._states.streams, **evaluated}
+
+    def _matrices(self, index: int, block: nn.Module) -> Sequence[PrunableMatrix]:
+        return prunable_matrices(block, self._name(index), self._ignore)
 
     def _one_window(self, window: BlockWindow, writer: BlockWriter) -> BlockResult:
         """Prunes what is new in the window, repairs it, finishes what no later window repairs."""
@@ -237,7 +234,7 @@ class BlockPass:
     def _prune(self, index: int) -> OpenBlock:
         """The next block, pruned, with what its repair needs to know of the dense one."""
         block = self._source.load_block(index)
-        matrices = prunable_matrices(block, self._name(index), self._ignore)
+        matrices = self._matrices(index, block)
         self._evaluation.advance("dense", index, block)
         self._states.advance_dense(index, block)
         entering = self._states.sparse
@@ -294,15 +291,26 @@ class BlockPass:
     def _finish(self, finished: OpenBlock, writer: BlockWriter) -> None:
         """Hands a block on, and pushes calibration and evaluation windows through it."""
         index, block = finished.index, finished.block
-        if self._end_to_end.stages:
-            self._end_to_end.hold(block, finished.masks, finished.matrices)
-        else:
-            writer.commit(
-                index, block, finished.masks
-            )  # rounds to the exported type: what flows on is what ships
+        self._hand_on(index, block, finished.masks, finished.matrices, writer)
+        if self._state is not None:
+            self._state.store_finished(index, block, finished.masks)
         self._states.advance_sparse(index, block)
         if not self._end_to_end.stages:
             self._evaluation.advance(self._ships, index, block)
+
+    def _hand_on(
+        self,
+        index: int,
+        block: nn.Module,
+        masks: dict[str, Mask],
+        matrices: Sequence[PrunableMatrix],
+        writer: BlockWriter,
+    ) -> None:
+        """A finished block to the end-to-end stages, or to the writer."""
+        if self._end_to_end.stages:
+            self._end_to_end.hold(block, masks, matrices)
+        else:
+            writer.commit(index, block, masks)  # rounds to the exported type: what flows on is what ships
 
     def _result(self, finished: OpenBlock) -> BlockResult:
         target, left = (

@@ -70,6 +70,18 @@ class CalibrationStates:
         self.dense = self.sparse.copy() if needs_dense else None
         self.dense_inputs: States | None = None
 
+    @property
+    def streams(self) -> dict[str, Activations]:
+        """The stores that move from block to block, by name."""
+        paths = (
+            {"sparse": self.sparse} if self.dense is None else {"sparse": self.sparse, "dense": self.dense}
+        )
+        return {
+            f"{path}.{kind}": store
+            for path, states in paths.items()
+            for kind, store in (("training", states.training), ("heldout", states.heldout))
+        }
+
     def advance_dense(self, index: int, block: nn.Module) -> None:
         """The dense path, where there is one, through the dense block ``index``."""
         if self.dense is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from compressor.block_pass import PassResult
+from compressor.block_result import PassResult
 from compressor.evaluation import Evaluation
 from compressor.models.config_file import read_json_object
 from compressor.models.export_view import export_parts
@@ -47,6 +47,7 @@ from compressor.reporting import (
     validation_facts,
     weight_rows,
 )
+from compressor.run.faults import reach
 from compressor.run.measure import Measure, peak_device_bytes, peak_host_bytes
 from compressor.run.output import OutputPlan
 from compressor.run.publish import Staging
@@ -80,12 +81,13 @@ class CompressionResult:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the pass over the blocks found, for the report."""
+    """What the pass over the blocks found, for the report; ``run_sha256`` as the report has it."""
 
     evaluation: Evaluation | None
     perplexities: Mapping[str, float]
     calibration: CalibrationFacts | None = None
     passed: PassResult | None = None
+    run_sha256: str | None = None
 
     @property
     def zeros_were_filled(self) -> bool:
@@ -139,13 +141,16 @@ class Delivery:
         lacking = shortfalls(measured.perplexities, target, sparsity, structured=bool(taken_out))
         for message in lacking:
             self._progress(Notice(message, shortfall=True))
+        reach("export: before")
         with self._measure.stage("export"):
             self._progress(StageStarted("export"))
             manifest = self._export()
+        reach("export: after")
         validation = None
         if validate:
             with self._measure.stage("validate"):
                 self._progress(StageStarted("validate"))
+                reach("validate: before")
                 validation = self._validate(measured, provider, require)
         told = (*notices, *lacking, *(validation.notices if validation is not None else ()))
         report = self._report(measured, manifest, validation, told)
@@ -278,6 +283,7 @@ class Delivery:
             timings={**self._measure.timings, **stage_seconds(validation)},
             peak_memory_bytes=PeakMemory(host=peak_host_bytes(), device=peak_device_bytes()),
             manifest=manifest_facts(manifest),
+            run_sha256=measured.run_sha256,
             notices=notices,
             statement=STRUCTURED_STATEMENT if taken_out else STATEMENT,
         )

@@ -32,6 +32,12 @@ class Evaluation:
     ids: NDArray[np.int64]
     protocol: EvaluationProtocol
 
+    @property
+    def digest(self) -> str:
+        """What tells these windows from all others: digest of the ids, and their shape."""
+        rows, columns = self.ids.shape
+        return f"{self.protocol.sha256[:32]}-{rows}x{columns}"
+
     def facts(self) -> PerplexityProtocol:
         """What the report says of it."""
         protocol = self.protocol

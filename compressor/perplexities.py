@@ -22,6 +22,11 @@ Version = Literal["dense", "pruned", "recovered"]
 class EvaluationStreams(Protocol):
     """Evaluation windows on their way through versions of the model."""
 
+    @property
+    def streams(self) -> Mapping[str, Activations]:
+        """Hidden states by name, where the windows are now."""
+        ...
+
     def advance(self, version: Version, index: int, block: nn.Module) -> None:
         """Push one version's windows through its version of block ``index``; nothing if it is not measured."""
         ...
@@ -54,13 +59,18 @@ class PerplexityStreams:
         self._ids = ids
         self._known: dict[str, float] = dict(known or {})
         measured = [version for version in versions if version not in self._known]
-        self._streams: dict[Version, Activations] = {}
+        self._streams: dict[str, Activations] = {}
         if measured:
             first = embedded(source, ids, device)
             self._streams = {
                 version: first if place == 0 else Activations.filled(first.states, device=device)
                 for place, version in enumerate(measured)
             }
+
+    @property
+    def streams(self) -> Mapping[str, Activations]:
+        """Hidden states of each version that is measured."""
+        return self._streams
 
     def advance(self, version: Version, index: int, block: nn.Module) -> None:
         """Push one version's windows through its version of block ``index``; nothing if it is not measured."""

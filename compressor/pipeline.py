@@ -14,12 +14,14 @@ from compressor.linears import IgnoreRules
 from compressor.models.writer import CheckpointWriter
 from compressor.opening import open_model
 from compressor.planning import pattern_of, plan, run_blocks
-from compressor.progress import Progress, StageStarted, silent
+from compressor.progress import Notice, Progress, StageStarted, silent
 from compressor.recipe import Recipe
 from compressor.recipe_file import read_recipe
+from compressor.resuming import check_resume, facts_of, finished_run, open_state, run_digest
 from compressor.run.measure import Measure
 from compressor.run.output import reserve_output
 from compressor.run.publish import Staging
+from compressor.run.state import StateFolder
 from validators.session import check_provider
 from validators.validate import check_required
 
@@ -36,6 +38,7 @@ def compress(
     validate: bool = True,
     provider: str = "auto",
     require: Sequence[str] = (),
+    resume: str = "auto",
     stop: Callable[[], bool] = lambda: False,
     progress: Progress = silent,
 ) -> CompressionResult:
@@ -53,23 +56,26 @@ def compress(
         validate: Compare the exported file with the PyTorch sparse model; without it the verdict is None.
         provider: ONNX Runtime execution provider of the validation.
         require: Names of checks that must not be skipped.
-        stop: Asked between blocks; true ends the run with StoppedSafely.
+        resume: ``auto`` goes on where an earlier run of the same settings on the same output was stopped or killed,
+            ``required`` refuses to begin anew, ``never`` begins anew.
+        stop: Asked between blocks; true ends the run with StoppedSafely; the same call goes on from there.
         progress: Receives events (compressor.progress).
 
     Returns:
         Where the products are, the report, and the verdict. A failed gate is a verdict, not an exception.
 
     Raises:
-        ReportedError: Bad input, an existing output, missing resources; nothing was written, an older output stands.
+        ReportedError: Bad input, an existing output, missing resources; nothing was published, an older output stands.
     """
     recipe = recipe if recipe is not None else read_recipe(None)
     check_required(require)
     check_provider(provider if validate else "auto")
     check_combination(recipe)
+    choice = check_resume(resume)
     pattern, ignore = pattern_of(recipe.pruning), IgnoreRules(recipe.pruning.ignore)
     measure = Measure()
-    with reserve_output(out, force, model=model) as target, Staging(target) as staging:
-        hf_folder = staging.plan.hf or staging.scratch / "hf"
+    may_be_done = choice != "never" and not force
+    with reserve_output(out, force, model=model, may_be_done=may_be_done) as target:
         with measure.stage("open"):
             progress(StageStarted("open", str(model)))
             opened = open_model(
@@ -80,19 +86,33 @@ def compress(
                 trust_remote_code=trust_remote_code,
             )
             job = plan(opened, recipe, pattern, ignore, progress)
-        source = opened.source
-        with measure.stage("blocks"):
-            writer = CheckpointWriter(hf_folder, source, opened.dtype, widths=job.widths)
-            passed = run_blocks(job, writer, stop, progress)
-        measure.timings.update({f"blocks: {tuned.method}": tuned.elapsed_s for tuned in passed.finetuned})
-        subject = opened.subject("run", job.pattern)
-        source.close()
-        measured = Measured(job.evaluation, passed.perplexities, job.calibration.facts(), passed)
-        delivery = Delivery(subject, staging, hf_folder, job.recipe, measure, progress)
-        return delivery.deliver(
-            measured,
-            validate=validate,
-            provider=provider,
-            require=require,
-            notices=(*job.notices, *passed.notices),
-        )
+            facts = facts_of(job, opened)
+            result = finished_run(target, facts, validated=validate) if may_be_done else None
+        if result is not None:
+            progress(
+                Notice(f"{target.target.name} is the output of this very run already: nothing is to be done")
+            )
+        else:
+            with Staging(target) as staging:
+                state = open_state(target, facts, job.source, choice, progress)
+                hf_folder = staging.plan.hf or staging.scratch / "hf"
+                with measure.stage("blocks"):
+                    writer = CheckpointWriter(hf_folder, opened.source, opened.dtype, widths=job.widths)
+                    passed = run_blocks(job, writer, stop, progress, state)
+                measure.timings.update(
+                    {f"blocks: {tuned.method}": tuned.elapsed_s for tuned in passed.finetuned}
+                )
+                subject = opened.subject("run", job.pattern)
+                opened.source.close()
+                facts_found = job.calibration.facts()
+                measured = Measured(
+                    job.evaluation, passed.perplexities, facts_found, passed, run_digest(facts)
+                )
+                delivery = Delivery(subject, staging, hf_folder, job.recipe, measure, progress)
+                notices = (*job.notices, *passed.notices)
+                result = delivery.deliver(
+                    measured, validate=validate, provider=provider, require=require, notices=notices
+                )
+        for root in target.state_roots:
+            StateFolder(root).remove()
+        return result

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from compressor.block_pass import BlockPass, PassResult, check_plan
+from compressor.block_pass import BlockPass, check_plan
+from compressor.block_result import PassResult
 from compressor.calibration.text import TextSource, read_text
 from compressor.calibration.windows import Windows, calibration_windows
 from compressor.devices import dtype_name
@@ -18,6 +19,7 @@ from compressor.linears import IgnoreRules
 from compressor.models.source import BlockSource
 from compressor.models.writer import CheckpointWriter
 from compressor.opening import OpenModel
+from compressor.pass_state import PassState
 from compressor.progress import Notice, Progress, RunStarted, TextReady
 from compressor.recipe import PruningRecipe, Recipe
 from compressor.report.schema import CalibrationFacts
@@ -190,9 +192,20 @@ def as_used(recipe: Recipe, pattern: SparsityPattern, seqlen: int, finish: str) 
 
 
 def run_blocks(
-    job: Job, writer: CheckpointWriter, stop: Callable[[], bool], progress: Progress
+    job: Job,
+    writer: CheckpointWriter,
+    stop: Callable[[], bool],
+    progress: Progress,
+    state: PassState | None = None,
 ) -> PassResult:
     """Every block pruned, repaired and committed; the written folder is whole when this returns.
+
+    Args:
+        job: The run.
+        writer: Takes the blocks.
+        stop: Asked between blocks; true ends the pass.
+        progress: Receives events.
+        state: Keeps what is done; see ``BlockPass``.
 
     Raises:
         StoppedSafely: ``stop`` said so.
@@ -210,6 +223,7 @@ def run_blocks(
         stop=stop,
         progress=progress,
         anatomy=job.anatomy,
+        state=state,
     )
     passed = block_pass.run(writer)
     writer.finish()

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 from numpy.typing import NDArray
 
-from compressor.block_pass import PassResult
+from compressor.block_result import PassResult
 from compressor.evaluation import Evaluation
 from compressor.finetuning import FINISHES
 from compressor.report.schema import (

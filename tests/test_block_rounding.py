@@ -9,7 +9,8 @@ import torch
 from flap_samples import CPU, IDS
 from tiny_checkpoints import write_checkpoint
 
-from compressor.block_pass import BlockPass, PassResult
+from compressor.block_pass import BlockPass
+from compressor.block_result import PassResult
 from compressor.linears import IgnoreRules
 from compressor.models.checkpoint import open_checkpoint
 from compressor.models.loading import load_causal_lm

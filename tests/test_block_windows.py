@@ -12,7 +12,8 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from compressor.block_pass import BlockPass, PassResult
+from compressor.block_pass import BlockPass
+from compressor.block_result import PassResult
 from compressor.block_windows import windows_of
 from compressor.errors import UsageError
 from compressor.linears import IgnoreRules

@@ -258,6 +258,14 @@ output_options = _stack(
     ),
     flag("Output", "--force", is_flag=True, help="Replace an existing output."),
 )
+resume_option = flag(
+    "Output",
+    "--resume",
+    type=click.Choice(["auto", "required", "never"]),
+    default="auto",
+    show_default=True,
+    help="Go on with a run that was stopped or killed: if there is one, or else refuse, or begin anew.",
+)
 recipe_options = _stack(
     flag(
         "Recipe", "--recipe", metavar="FILE|NAME", help="A YAML file, or a built-in one: default, ebft-paper."

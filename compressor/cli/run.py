@@ -15,6 +15,7 @@ GATE_FAILED = 4
 @click.command("run", cls=SectionedCommand, short_help="Prune, repair, export and validate a model.")
 @click.argument("model")
 @options.output_options
+@options.resume_option
 @options.recipe_options
 @options.settings(
     options.PRUNING,
@@ -41,6 +42,7 @@ def command(
     verbosity: int,
     quiet: bool,
     no_validate: bool,
+    resume: str,
     **choices: Any,
 ) -> int:
     """Prune MODEL, repair it block by block, export it and prove the file right.
@@ -57,7 +59,9 @@ def command(
         from compressor.recipe_file import read_recipe
 
         chosen = read_recipe(recipe, settings)
-        with stop_between_blocks(session.display.line) as stop, reserve_output(out, force, model=model):
+        may_be_done = resume != "never" and not force
+        reserved = reserve_output(out, force, model=model, may_be_done=may_be_done)
+        with stop_between_blocks(session.display.line) as stop, reserved:
             from compressor.pipeline import compress  # loads torch, so after the lock
 
             result = compress(
@@ -66,6 +70,7 @@ def command(
                 chosen,
                 force=force,
                 validate=not no_validate,
+                resume=resume,
                 stop=stop,
                 progress=session.progress,
                 **choices,

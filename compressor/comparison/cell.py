@@ -25,6 +25,7 @@ from compressor.planning import as_used, pattern_of
 from compressor.progress import Progress
 from compressor.pruned_model import NoPrunedModel, PrunedModel, StoredPrunedModel
 from compressor.sparsity import Mask
+from compressor.streams import Activations
 
 
 def run_cell(
@@ -99,6 +100,12 @@ class EvaluationTexts:
             ids = load_windows(path)["windows"]
             self._streams[name] = PerplexityStreams(opened.source, ids, opened.device, versions, known)
         self._found: dict[str, dict[str, float]] = {}
+
+    @property
+    def streams(self) -> Mapping[str, Activations]:
+        """Hidden states by text and version."""
+        named = ((name, streams.streams) for name, streams in self._streams.items())
+        return {f"{name}.{version}": states for name, found in named for version, states in found.items()}
 
     def advance(self, version: Version, index: int, block: nn.Module) -> None:
         """Push all texts' windows through one version of block ``index``."""

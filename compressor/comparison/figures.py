@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from compressor.block_pass import BlockResult, PassResult
+from compressor.block_result import BlockResult, PassResult
 from compressor.comparison.results import (
     BlockFigures,
     Figures,

@@ -71,13 +71,13 @@ class GridTexts:
 
     def evaluation_digests(self) -> list[str]:
         """What tells the windows of each text from all others, in order."""
-        return [_digest(evaluation) for evaluation in self.evaluations.values()]
+        return [evaluation.digest for evaluation in self.evaluations.values()]
 
     def save_evaluations(self, folder: Path) -> dict[str, str]:
         """Write the evaluation windows where they are missing; their files by the name of the text."""
         files = {}
         for name, evaluation in self.evaluations.items():
-            path = folder / f"evaluation-{_digest(evaluation)}.safetensors"
+            path = folder / f"evaluation-{evaluation.digest}.safetensors"
             if not path.is_file():
                 save_windows(path, windows=torch.from_numpy(evaluation.ids))
             files[name] = str(path)
@@ -90,9 +90,3 @@ class GridTexts:
         if not path.is_file():
             save_windows(path, calibration=windows.ids, heldout=windows.heldout)
         return str(path)
-
-
-def _digest(evaluation: Evaluation) -> str:
-    """Digest of the ids and the shape of its windows."""
-    rows, columns = evaluation.ids.shape
-    return f"{evaluation.protocol.sha256[:32]}-{rows}x{columns}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -65,6 +65,21 @@ class LearningRateProbe:
     def tried(self) -> tuple[float, ...]:
         """Every candidate that was tried on some block, ascending; empty for a rate that was given."""
         return tuple(self._candidates[place] for place in sorted(self._tried))
+
+    def state(self) -> dict[str, Any]:
+        """What the trials so far have shown, in JSON's types."""
+        return {
+            "best": self._best,
+            "scores": sorted(self._scores.items()),
+            "tried": sorted(self._tried),
+            "probed": self._probed,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self._best, self._probed = int(state["best"]), int(state["probed"])
+        self._scores = {int(place): float(score) for place, score in state["scores"]}
+        self._tried = {int(place) for place in state["tried"]}
 
     def lr_for(
         self, index: int, block: nn.Module, masks: Mapping[str, Mask], io: BlockIO, *, seed: int

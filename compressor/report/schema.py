@@ -281,7 +281,8 @@ class ManifestFacts(_Part):
 class Report(_Part):
     """Everything that a run, an export or a validation found out. Field order is the JSON's key order.
 
-    ``timings`` are seconds by stage; a name such as ``validate: parity`` is a part of stage ``validate``.
+    ``timings`` are seconds by stage; a name such as ``validate: parity`` is a part of stage ``validate``. Equal
+    ``run_sha256`` means equal model, windows, settings, kind of device and versions, and so equal model files.
     """
 
     schema_version: Literal[1] = 1
@@ -306,6 +307,7 @@ class Report(_Part):
     timings: dict[str, float] = {}
     peak_memory_bytes: PeakMemory = PeakMemory()
     manifest: ManifestFacts | None = None
+    run_sha256: str | None = None
     notices: tuple[str, ...] = ()
     statement: str = STATEMENT
 

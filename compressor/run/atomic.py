@@ -45,3 +45,18 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush the names in ``folder`` to the disk: what was created, renamed or removed there.
+
+    Raises:
+        OSError: They cannot be flushed.
+    """
+    if os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -13,7 +13,9 @@ from compressor.errors import OutputRefused, UsageError
 from compressor.run.lock import hold_output
 
 ONNX_SUFFIX = ".onnx"
-STAGING_INSIDE = ".blockpress.staging"  # the staging folder inside an output folder that exists already
+# The staging folder and the state of an unfinished run inside an output folder that exists already.
+STAGING_INSIDE = ".blockpress.staging"
+STATE_INSIDE = ".blockpress.state"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,17 @@ class OutputPlan:
         return self.folder / "model.masks.safetensors" if self.hf is None else self.hf / "masks.safetensors"
 
     @property
+    def state_roots(self) -> tuple[Path, ...]:
+        """Where the state of an unfinished run may lie: beside the output, or inside a folder that is there already."""
+        beside = self.target.parent / f".{self.target.name}.state"
+        return (beside,) if self.is_file else (beside, self.folder / STATE_INSIDE)
+
+    @property
+    def state(self) -> Path:
+        """Where this run keeps its state."""
+        return self.state_roots[-1 if os.path.isdir(self.folder) else 0]
+
+    @property
     def products(self) -> tuple[Path, ...]:
         """Every product of a fixed name, the ``.onnx`` last. A folder output has more files beside these."""
         return (
@@ -105,9 +118,15 @@ def plan_output(out: str | Path, force: bool = False, *, model: str | Path | Non
 
 @contextlib.contextmanager
 def reserve_output(
-    out: str | Path, force: bool = False, *, model: str | Path | None = None
+    out: str | Path, force: bool = False, *, model: str | Path | None = None, may_be_done: bool = False
 ) -> Iterator[OutputPlan]:
     """Plan the output and hold its lock while the context lasts; complete what a kill cut short.
+
+    Args:
+        out: See ``plan_output``.
+        force: Whether existing products may be replaced.
+        model: See ``plan_output``.
+        may_be_done: Let an output with a report pass, since it may be this very run's; the caller looks.
 
     The same thread may enter again, so the command line can take the lock before torch is loaded and the
     pipeline can take it once more.
@@ -121,7 +140,11 @@ def reserve_output(
     _check_place(plan)
     with hold_output(plan.onnx):
         finish_interrupted_publication(plan)
-        yield plan_output(out, force, model=model)
+        if may_be_done and plan.report_json.is_file():
+            check_reachable(plan, model=model)
+            yield plan
+        else:
+            yield plan_output(out, force, model=model)
 
 
 def check_reachable(plan: OutputPlan, *, model: str | Path | None = None) -> None:
@@ -169,7 +192,7 @@ def check_free(plan: OutputPlan) -> None:
         found = next((path for path in reversed(plan.products) if os.path.lexists(path)), None)
     else:
         entries = plan.folder.iterdir() if os.path.isdir(plan.folder) else iter(())
-        found = next((path for path in entries if path.name != STAGING_INSIDE), None)
+        found = next((path for path in entries if path.name not in (STAGING_INSIDE, STATE_INSIDE)), None)
     if found is not None:
         raise OutputRefused(
             "E-OUTPUT-EXISTS",

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 
 from compressor.errors import OutputRefused
+from compressor.run.atomic import flush_folder
+from compressor.run.faults import reach
 from compressor.run.output import STAGING_INSIDE, OutputPlan, check_free
 
 JOURNAL = "journal.json"
@@ -81,11 +83,13 @@ class Staging:
         if strangers:
             raise ValueError(f"files that do not belong to the output: {sorted(strangers)}")
         _settle(new)
+        reach("publish: before")
         if self.final.is_file or self.final.folder.exists():
             self._replace_one_by_one(names)
         else:
             _move(new, self.final.folder)
-            _fsync_folder(self.final.folder.parent)
+            flush_folder(self.final.folder.parent)
+        reach("publish: after")
         return tuple(self.final.folder / name for name in names)
 
     def _replace_one_by_one(self, names: list[str]) -> None:
@@ -96,7 +100,7 @@ class Staging:
         draft.write_text(json.dumps({"leaving": leaving, "coming": names}), encoding="utf-8")
         _fsync_file(draft)
         draft.rename(journal)
-        _fsync_folder(self.root)
+        flush_folder(self.root)
         try:
             _roll_forward(self.root, folder, leaving, names)
         except BaseException:
@@ -161,10 +165,11 @@ def _roll_forward(root: Path, folder: Path, leaving: list[str], coming: list[str
     for name in leaving:
         if not os.path.lexists(root / "old" / name):
             _move(folder / name, root / "old" / name)
+    reach("publish: between two moves")
     for name in coming:
         if os.path.lexists(root / "new" / name):
             _move(root / "new" / name, folder / name)
-    _fsync_folder(folder)
+    flush_folder(folder)
 
 
 def _roll_back(root: Path, folder: Path, leaving: list[str], coming: list[str]) -> None:
@@ -175,7 +180,7 @@ def _roll_back(root: Path, folder: Path, leaving: list[str], coming: list[str]) 
     for name in reversed(leaving):
         if os.path.lexists(root / "old" / name):
             _move(root / "old" / name, folder / name)
-    _fsync_folder(folder)
+    flush_folder(folder)
 
 
 def _move(source: Path, target: Path) -> None:
@@ -192,19 +197,9 @@ def _settle(folder: Path) -> None:
             _fsync_file(path)
         for name in folders:
             (Path(place) / name).chmod(mode)
-        _fsync_folder(Path(place))
+        flush_folder(Path(place))
 
 
 def _fsync_file(path: Path) -> None:
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
-
-
-def _fsync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return  # Windows opens no folders
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

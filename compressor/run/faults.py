@@ -1,0 +1,62 @@
+"""Named points of a run where a test can make something go wrong; inert unless an environment variable asks for it.
+
+``BLOCKPRESS_FAULT=POINT:ACTION`` or ``POINT#N:ACTION``, the N-th time that the point is reached. Actions: ``kill`` ends
+the program as ``kill -9`` does, ``enospc`` raises the error of a full disk, ``interrupt`` sends SIGINT to the program.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+
+VARIABLE = "BLOCKPRESS_FAULT"
+
+POINTS = (
+    "blocks: before a window",
+    "blocks: after a window",
+    "state: before a file",
+    "state: after a file",
+    "state: before the commit",
+    "state: after the commit",
+    "export: before",
+    "export: after",
+    "validate: before",
+    "publish: before",
+    "publish: between two moves",
+    "publish: after",
+)
+
+_reached: dict[str, int] = {}
+
+
+def reach(point: str) -> None:
+    """Tell that ``point`` is reached; goes wrong there if the environment says so.
+
+    Raises:
+        OSError: ENOSPC, where the action is ``enospc``.
+        ValueError: ``point`` is none of ``POINTS``.
+    """
+    if point not in POINTS:
+        raise ValueError(f"no such point: {point!r}")
+    asked = os.environ.get(VARIABLE)
+    if not asked:
+        return
+    where, _, action = asked.rpartition(":")
+    name, _, number = where.partition("#")
+    if name != point:
+        return
+    _reached[point] = _reached.get(point, 0) + 1
+    if _reached[point] == int(number or 1):
+        _go_wrong(action)
+
+
+def _go_wrong(action: str) -> None:
+    if action == "kill":
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+    elif action == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+    elif action == "enospc":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    else:
+        raise ValueError(f"no such action: {action!r}")

@@ -1,0 +1,142 @@
+"""A tiny model's run that is stopped at will and started again, and what is left in the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tiny_models import save_variant, write_texts
+
+from compressor.run.output import name_output
+
+SERVER = Path(__file__).with_name("fork_server.py")
+# What differs between two runs of the same settings.
+MEASURED = ("timings", "peak_memory_bytes", "versions", "notices")
+KILLED = -9
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one run ended: its exit code, negative for a signal, its seconds, and what it printed."""
+
+    code: int
+    seconds: float
+    said: str
+
+
+class ForkServer:
+    """Starts runs in forked children."""
+
+    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
+        self._process, self._folder, self._count = process, folder, 0
+
+    def run(
+        self, argv: Sequence[str], *, fault: str | None = None, kill_after_s: float | None = None
+    ) -> Ended:
+        """One run of the command line, to its end."""
+        self._count += 1
+        log = self._folder / f"run-{self._count}.txt"
+        environment = {"BLOCKPRESS_FAULT": fault or "", "BLOCKPRESS_CACHE": str(self._folder / "cache")}
+        request = {
+            "argv": list(argv),
+            "environment": environment,
+            "kill_after_s": kill_after_s,
+            "log": str(log),
+        }
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        return Ended(answer["code"], answer["seconds"], log.read_text(encoding="utf-8", errors="replace"))
+
+
+@contextmanager
+def fork_server(folder: Path) -> Iterator[ForkServer]:
+    """A server for the time of the context; logs and the cache of its runs lie in ``folder``."""
+    process = subprocess.Popen(
+        [sys.executable, str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "ready\n"
+        yield ForkServer(process, folder)
+    finally:
+        process.stdin.close()
+        process.stdout.close()
+        process.wait(30)
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """The command line of a run on a model of four blocks, without what differs between outputs."""
+
+    model: Path
+    settings: tuple[str, ...]
+
+    def argv(self, out: Path, *more: str) -> list[str]:
+        """The command for one output."""
+        return ["run", str(self.model), "--out", str(out), *self.settings, *more]
+
+
+def tiny_run(folder: Path, *, validate: bool = False, **recipe: Any) -> TinyRun:
+    """A run of a few seconds: random weights, short windows. Keywords are recipe keys with ``__`` for the dot."""
+    texts = write_texts(folder)
+    settings: dict[str, Any] = {
+        "calibration.source": texts.calibration,
+        "calibration.num_samples": 10,
+        "calibration.seqlen": 24,
+        "evaluation.source": texts.evaluation,
+        "evaluation.max_windows": 4,
+        "pruning.method": "wanda",
+        "pruning.sparsity": 0.5,
+        "finish.method": "none",
+        "recovery.epochs": 2,
+        "recovery.batch_size": 4,
+        "recovery.probe.epochs": 1,
+        "recovery.probe.candidates": "[0.001, 0.003]",
+    }
+    settings |= {key.replace("__", "."): value for key, value in recipe.items()}
+    assigned = [f"--set={key}={value}" for key, value in settings.items()]
+    model = save_variant(folder / "model", "llama", num_hidden_layers=4)
+    return TinyRun(model, (*assigned, *(() if validate else ("--no-validate",))))
+
+
+def state_of(out: Path) -> Path:
+    """Where the state of an unfinished run on ``out`` lies."""
+    return name_output(out).state
+
+
+def contents(out: Path) -> dict[str, str]:
+    """Digest of every file of an output but its reports, by path; all of them are to be the same."""
+    products = sorted(
+        path for path in out.parent.rglob("*") if path.is_file() and ".report." not in path.name
+    )
+    return {
+        str(path.relative_to(out.parent)): hashlib.sha256(path.read_bytes()).hexdigest() for path in products
+    }
+
+
+def report_facts(out: Path) -> Mapping[str, Any]:
+    """The report without what is measured anew in each run."""
+    report = json.loads(out.with_suffix(".report.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in report.items() if key not in MEASURED}
+    return _without_times(kept)
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: _without_times(inner) for key, inner in value.items() if not key.endswith(("_s", "seconds"))
+        }
+    if isinstance(value, list):
+        return [_without_times(inner) for inner in value]
+    return value
