@@ -1,0 +1,142 @@
+"""Kill runs at every named point and at random moments, start them again, and count what was not as it should be.
+
+    python tests/faults/kill_runs.py --moments 200 --chain 10
+
+Every chain is one output: its run is killed up to ``--chain`` times, each time at a random moment of the time that a
+whole run takes, and then started until it ends. What lies there then must be what a run leaves that nothing
+interrupted, to the byte, and nothing else; and between two kills no committed window may be lost.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from faults.interrupted_runs import (  # noqa: E402  # its folder has to be known first
+    KILLED,
+    Ended,
+    ForkServer,
+    TinyRun,
+    contents,
+    fork_server,
+    report_facts,
+    state_of,
+    tiny_run,
+)
+
+from compressor.run.faults import POINTS  # noqa: E402
+
+
+class Harness:
+    """One tiny model, the output of a whole run, and the faults found so far."""
+
+    def __init__(self, server: ForkServer, run: TinyRun, folder: Path) -> None:
+        self.server, self.run, self.folder = server, run, folder
+        self.kills = self.completed = 0
+        self.faults: list[str] = []
+        self.whole = self.place("whole")
+        self.full = self.start(self.whole)
+
+    def place(self, name: str) -> Path:
+        """An output in a folder of its own."""
+        (self.folder / name).mkdir()
+        return self.folder / name / "sparse.onnx"
+
+    def start(self, out: Path, *, fault: str | None = None, kill_after_s: float | None = None) -> Ended:
+        """One run; a kill is counted, any other end than the right one noted."""
+        ended = self.server.run(self.run.argv(out), fault=fault, kill_after_s=kill_after_s)
+        self.kills += ended.code == KILLED
+        if ended.code not in (0, KILLED):
+            self.faults.append(f"{out.parent.name}: exit {ended.code}: {ended.said[-500:]}")
+        return ended
+
+    def finish(self, out: Path) -> None:
+        """Start the run a last time, and compare what lies there with the whole run's output."""
+        name = out.parent.name
+        if self.start(out).code != 0:
+            self.faults.append(f"{name}: did not end")
+            return
+        self.completed += 1
+        if contents(out) != contents(self.whole):
+            self.faults.append(f"{name}: other bytes")
+        if report_facts(out) != report_facts(self.whole):
+            self.faults.append(f"{name}: another report")
+        left = {path.name for path in out.parent.iterdir()} ^ {
+            path.name for path in self.whole.parent.iterdir()
+        }
+        if left:
+            self.faults.append(f"{name}: {sorted(left)} lie there")
+        shutil.rmtree(out.parent)
+
+    def windows(self, out: Path) -> int:
+        """Windows that are committed, 0 without a state."""
+        commits = sorted(state_of(out).glob("*.json"))
+        return json.loads(commits[-1].read_text(encoding="utf-8"))["content"]["windows"] if commits else 0
+
+
+def kill_at_points(harness: Harness) -> None:
+    """Each point once, where it comes by for the first time, and the ones of the blocks for the third time too."""
+    for number, point in enumerate(POINTS):
+        for times in (1, 3) if point.startswith(("blocks", "state")) else (1,):
+            out = harness.place(f"point-{number}-{times}")
+            if harness.start(out, fault=f"{point}#{times}:kill").code != KILLED:
+                harness.faults.append(f"{point}: not reached")
+            harness.finish(out)
+            click.echo(f"{point}#{times}: {len(harness.faults)} faults")
+
+
+def kill_at_moments(harness: Harness, moments: int, chain: int, seed: int) -> None:
+    """Random moments, in chains on one output each."""
+    rng, number = random.Random(seed), 0
+    while moments > 0:
+        number += 1
+        out, before = harness.place(f"chain-{number}"), 0
+        for _ in range(min(chain, moments)):
+            moments -= 1
+            ended = harness.start(out, kill_after_s=rng.uniform(0, harness.full.seconds))
+            if ended.code == 0:
+                break
+            done = harness.windows(out)
+            if done < before:
+                harness.faults.append(f"{out.parent.name}: {before} windows were committed, {done} are left")
+            before = done
+        harness.finish(out)
+        click.echo(f"chain {number}: {harness.kills} kills, {len(harness.faults)} faults")
+
+
+@click.command(help=__doc__)
+@click.option("--moments", default=200, help="Random moments.")
+@click.option("--chain", default=10, help="Kills of one output at most.")
+@click.option("--seed", default=0)
+def main(moments: int, chain: int, seed: int) -> None:
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "server").mkdir()
+        (folder / "input").mkdir()
+        with fork_server(folder / "server") as server:
+            harness = Harness(server, tiny_run(folder / "input", validate=True), folder)
+            click.echo(f"a whole run takes {harness.full.seconds:.1f} s")
+            kill_at_points(harness)
+            kill_at_moments(harness, moments, chain, seed)
+    minutes = (time.perf_counter() - started) / 60
+    click.echo(
+        f"{harness.kills} kills, {harness.completed} runs completed, {len(harness.faults)} faults, {minutes:.0f} min"
+    )
+    for fault in harness.faults:
+        click.echo(fault, err=True)
+    sys.exit(bool(harness.faults))
+
+
+if __name__ == "__main__":
+    main()
