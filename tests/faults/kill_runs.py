@@ -130,9 +130,8 @@ def main(moments: int, chain: int, seed: int) -> None:
             kill_at_points(harness)
             kill_at_moments(harness, moments, chain, seed)
     minutes = (time.perf_counter() - started) / 60
-    click.echo(
-        f"{harness.kills} kills, {harness.completed} runs completed, {len(harness.faults)} faults, {minutes:.0f} min"
-    )
+    totals = f"{harness.kills} kills, {harness.completed} runs completed, {len(harness.faults)} faults"
+    click.echo(f"{totals}, {minutes:.0f} min")
     for fault in harness.faults:
         click.echo(fault, err=True)
     sys.exit(bool(harness.faults))
