@@ -27,7 +27,7 @@ from compressor.finetuning import Finetuned, Windows, stages_of
 from compressor.linears import IgnoreRules, PrunableMatrix, observe_inputs, prunable_matrices
 from compressor.models.source import BlockSource
 from compressor.models.writer import BlockWriter
-from compressor.pass_state import PassState, StoredOpenBlock
+from compressor.pass_state import PassState
 from compressor.perplexities import EvaluationStreams, PerplexityStreams, Version
 from compressor.progress import BlockFinished, BlockProgress, LearningRateChosen, Progress
 from compressor.pruned_model import NoPrunedModel, PrunedModel
@@ -183,23 +183,15 @@ class BlockPass:
             self._hand_on(index, block, masks, self._matrices(index, block), writer)
         state.restore(self._streams)
         self._probe.restore(state.probe)
-        for stored in state.open_blocks():
-            self._open[stored.open.index] = self._reopened(stored)
+        for opened in state.open_blocks():
+            self._open[opened.index] = self._reopened(opened)
         return state.results
 
-    def _reopened(self, stored: StoredOpenBlock) -> OpenBlock:
-        """A block between two windows, with what its repair sees."""
-        opened = stored.open
+    def _reopened(self, opened: OpenBlock) -> OpenBlock:
+        """A block between two windows, with what its repair sees; it aims at the dense model's states, as pairs do."""
         opened.matrices = self._matrices(opened.index, opened.block)
-        targets = self._states.dense
-        if stored.targets:
-            training, heldout = (
-                Activations.filled(stored.targets[kind], device=self._device)
-                for kind in ("training", "heldout")
-            )
-            targets = States(training, heldout)
-        if self._repair is not None and targets is not None:
-            opened.io = self._io(opened.index, opened.matrices, self._states.sparse, targets)
+        if self._repair is not None and self._states.dense is not None:
+            opened.io = self._io(opened.index, opened.matrices, self._states.sparse, self._states.dense)
         return opened
 
     @property

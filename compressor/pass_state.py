@@ -9,7 +9,7 @@ in float32, so that the run that goes on gives the bytes of the one that was nev
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -26,22 +26,9 @@ from compressor.run.state import Commit, StateFolder, StoredFile
 from compressor.sparsity import Mask
 from compressor.streams import Activations
 
-__all__ = ["PassState", "StoredOpenBlock"]
+__all__ = ["PassState"]
 
 _WEIGHT, _MASK, _STATES = "weight.", "mask.", "states."
-
-
-@dataclass(frozen=True)
-class StoredOpenBlock:
-    """A block between two windows, without what its repair sees.
-
-    Attributes:
-        open: The block; its ``matrices`` are empty and its ``io`` is None.
-        targets: What its repair aims at, by "training" and "heldout", where that is no stream of the pass.
-    """
-
-    open: OpenBlock
-    targets: Mapping[str, Tensor]
 
 
 class PassState:
@@ -95,13 +82,12 @@ class PassState:
         Raises:
             OSError: It cannot be written.
         """
-        stored = self._store(f"block-{index}", index, block, masks, {})
+        stored = self._store(f"block-{index}", index, block, masks)
         self._blocks[stored.name] = stored
 
     def load_finished(self, index: int) -> tuple[nn.Module, dict[str, Mask]]:
         """Such a block, on the device, and its masks."""
-        block, masks, _ = self._load(index, self._blocks[f"block-{index}.safetensors"])
-        return block, masks
+        return self._load(index, self._blocks[f"block-{index}.safetensors"])
 
     def commit(
         self,
@@ -127,9 +113,7 @@ class PassState:
         files = [self._folder.store(f"window-{windows}-states", states, {})]
         for opened in open_blocks:
             name = f"window-{windows}-open-{opened.index}"
-            files.append(
-                self._store(name, opened.index, opened.block, opened.masks, self._targets(opened, streams))
-            )
+            files.append(self._store(name, opened.index, opened.block, opened.masks))
         content = {
             "windows": windows,
             "results": [_plain(result) for result in results],
@@ -149,16 +133,16 @@ class PassState:
         for name, stream in streams.items():
             stream.write(0, tensors[_STATES + name])
 
-    def open_blocks(self) -> list[StoredOpenBlock]:
-        """Blocks that a later window repairs once more."""
+    def open_blocks(self) -> list[OpenBlock]:
+        """Blocks that a later window repairs once more, without ``matrices`` and ``io``."""
         assert self._commit is not None
         return [self._open_block(row) for row in self._commit.content["open"]]
 
-    def _open_block(self, row: Mapping[str, Any]) -> StoredOpenBlock:
+    def _open_block(self, row: Mapping[str, Any]) -> OpenBlock:
         index = int(row["index"])
         file = self._rest[f"window-{self.windows_done}-open-{index}.safetensors"]
-        block, masks, others = self._load(index, file)
-        opened = OpenBlock(
+        block, masks = self._load(index, file)
+        return OpenBlock(
             index=index,
             block=block,
             matrices=(),
@@ -172,28 +156,15 @@ class PassState:
             recovery_s=row["recovery_s"],
             elapsed_s=row["elapsed_s"],
         )
-        return StoredOpenBlock(
-            opened, {name.removeprefix(_STATES): tensor for name, tensor in others.items()}
-        )
 
-    @staticmethod
-    def _targets(opened: OpenBlock, streams: Mapping[str, Activations]) -> dict[str, Tensor]:
-        """What the block's repair aims at, unless that is a stream of the pass anyway."""
-        io = opened.io
-        if io is None or any(io.targets is stream for stream in streams.values()):
-            return {}
-        return {_STATES + "training": io.targets.states, _STATES + "heldout": io.heldout_targets.states}
-
-    def _store(
-        self, name: str, index: int, block: nn.Module, masks: Mapping[str, Mask], others: Mapping[str, Tensor]
-    ) -> StoredFile:
+    def _store(self, name: str, index: int, block: nn.Module, masks: Mapping[str, Mask]) -> StoredFile:
         tensors = {_WEIGHT + key: weight.detach().cpu() for key, weight in block.named_parameters()}
         tensors |= {_MASK + key: _packed(mask) for key, mask in masks.items()}
         structure = difference(block, self._source.block_structure(index))
-        return self._folder.store(name, {**tensors, **others}, {"structure": structure.model_dump_json()})
+        return self._folder.store(name, tensors, {"structure": structure.model_dump_json()})
 
-    def _load(self, index: int, file: StoredFile) -> tuple[nn.Module, dict[str, Mask], dict[str, Tensor]]:
-        """A stored block, its masks, and what else lies in its file."""
+    def _load(self, index: int, file: StoredFile) -> tuple[nn.Module, dict[str, Mask]]:
+        """A stored block, on the device, and its masks."""
         tensors, metadata = self._folder.load(file)
         block = self._source.load_block(index)
         reshape_block(block, BlockStructure.model_validate_json(metadata["structure"]), f"block {index}")
@@ -204,7 +175,7 @@ class PassState:
                 packed = tensors.pop(_MASK + name, None)
                 if packed is not None:
                     masks[name] = _unpacked(packed, weight)
-        return block, masks, tensors
+        return block, masks
 
 
 def _packed(mask: Mask) -> Tensor:
