@@ -358,11 +358,15 @@ class BlockPass:
 
     def _tune_together(self, writer: BlockWriter) -> tuple[Finetuned, ...]:
         """The end-to-end stages over all blocks, which are committed afterwards."""
-        dense = self._states.dense
-        finetuned = self._end_to_end.tune(
-            Windows(self._ids, dense.training if dense else None),
-            Windows(self._heldout_ids, dense.heldout if dense else None),
-        )
+        finetuned = None if self._state is None else self._state.finetuned
+        if finetuned is None:
+            dense = self._states.dense
+            finetuned = self._end_to_end.tune(
+                Windows(self._ids, dense.training if dense else None),
+                Windows(self._heldout_ids, dense.heldout if dense else None),
+            )
+            if self._state is not None:
+                self._state.commit_tuned(finetuned, self._end_to_end.held)
         self._end_to_end.commit(writer, self._evaluation)
         return finetuned
 

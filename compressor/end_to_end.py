@@ -93,6 +93,11 @@ class EndToEnd:
         """Whether a stage asks for the dense model's last hidden states."""
         return any(stage.needs_dense for stage in self.stages)
 
+    @property
+    def held(self) -> list[tuple[nn.Module, Mapping[str, Mask]]]:
+        """Every block that waits, in order, with its masks."""
+        return [(held.block, held.masks) for held in self._held]
+
     def hold(self, block: nn.Module, masks: Mapping[str, Mask], matrices: Sequence[PrunableMatrix]) -> None:
         """Keep the next block, in order, until :meth:`commit`."""
         self._held.append(_Held(block, masks, matrices))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from compressor.block_pruning import PrunedBlock
 from compressor.block_result import BlockResult
 from compressor.block_windows import OpenBlock
+from compressor.finetuning import Finetuned
 from compressor.models.source import BlockSource
 from compressor.models.structure import BlockStructure, difference, reshape_block
 from compressor.recovery.block_io import Repaired
@@ -29,6 +30,7 @@ from compressor.streams import Activations
 __all__ = ["PassState"]
 
 _WEIGHT, _MASK, _STATES = "weight.", "mask.", "states."
+_FINISHED, _TUNED = "block-", "tuned-"  # blocks behind their last window, and behind the end-to-end stages
 
 
 class PassState:
@@ -49,8 +51,11 @@ class PassState:
         commit: Commit | None = None,
     ) -> None:
         self._folder, self._facts, self._source, self._commit = folder, facts, source, commit
+        self._content: Mapping[str, Any]
+        self._streams_file: StoredFile
         files = {} if commit is None else {file.name: file for file in commit.files}
-        self._blocks = {name: file for name, file in files.items() if name.startswith("block-")}
+        self._kind = _FINISHED if self.finetuned is None else _TUNED
+        self._blocks = {name: file for name, file in files.items() if name.startswith(self._kind)}
         self._rest = {name: file for name, file in files.items() if name not in self._blocks}
 
     @property
@@ -72,9 +77,15 @@ class PassState:
         found: Mapping[str, Any] = self._commit.content["probe"]
         return found
 
+    @property
+    def finetuned(self) -> tuple[Finetuned, ...] | None:
+        """How the end-to-end stages went; None where they have not been made yet. Masks that they gave up are empty."""
+        rows = None if self._commit is None else self._commit.content.get("finetuned")
+        return None if rows is None else tuple(_finetuned_of(row) for row in rows)
+
     def finished_blocks(self) -> list[int]:
         """Indices of the blocks that no window repairs any more, in order."""
-        return sorted(int(name.removeprefix("block-").partition(".")[0]) for name in self._blocks)
+        return sorted(int(name.removeprefix(self._kind).partition(".")[0]) for name in self._blocks)
 
     def store_finished(self, index: int, block: nn.Module, masks: Mapping[str, Mask]) -> None:
         """Keep a block that no window repairs any more.
@@ -82,12 +93,12 @@ class PassState:
         Raises:
             OSError: It cannot be written.
         """
-        stored = self._store(f"block-{index}", index, block, masks)
+        stored = self._store(f"{_FINISHED}{index}", index, block, masks)
         self._blocks[stored.name] = stored
 
     def load_finished(self, index: int) -> tuple[nn.Module, dict[str, Mask]]:
-        """Such a block, on the device, and its masks."""
-        return self._load(index, self._blocks[f"block-{index}.safetensors"])
+        """Such a block, on the device, and its masks; behind the end-to-end stages, where they have been made."""
+        return self._load(index, self._blocks[f"{self._kind}{index}.safetensors"])
 
     def commit(
         self,
@@ -121,6 +132,26 @@ class PassState:
             "open": [_open_row(opened) for opened in open_blocks],
         }
         self._folder.commit(self._facts, content, [*self._blocks.values(), *files])
+        self._content, self._streams_file = content, files[0]
+
+    def commit_tuned(
+        self, finetuned: Sequence[Finetuned], blocks: Sequence[tuple[nn.Module, Mapping[str, Mask]]]
+    ) -> None:
+        """Make the end of the end-to-end stages, which follow the last window, the point to go on from.
+
+        Args:
+            finetuned: How they went.
+            blocks: Every block with its masks.
+
+        Raises:
+            OSError: It cannot be written; the commit before stands.
+        """
+        files = [
+            self._store(f"{_TUNED}{index}", index, block, masks)
+            for index, (block, masks) in enumerate(blocks)
+        ]
+        content = {**self._content, "finetuned": [_finetuned_row(tuned) for tuned in finetuned]}
+        self._folder.commit(self._facts, content, [*files, self._streams_file])
 
     def restore(self, streams: Mapping[str, Activations]) -> None:
         """Set every stream to where it was.
@@ -129,7 +160,9 @@ class PassState:
             KeyError: The commit lacks a stream, which equal facts rule out.
         """
         assert self._commit is not None
-        tensors, _ = self._folder.load(self._rest[f"window-{self.windows_done}-states.safetensors"])
+        self._content = self._commit.content
+        self._streams_file = self._rest[f"window-{self.windows_done}-states.safetensors"]
+        tensors, _ = self._folder.load(self._streams_file)
         for name, stream in streams.items():
             stream.write(0, tensors[_STATES + name])
 
@@ -186,6 +219,15 @@ def _packed(mask: Mask) -> Tensor:
 def _unpacked(packed: Tensor, weight: Tensor) -> Mask:
     bits = np.unpackbits(packed.numpy(), count=weight.numel()).astype(bool)
     return torch.from_numpy(bits).view(weight.shape).to(weight.device)
+
+
+def _finetuned_row(tuned: Finetuned) -> dict[str, Any]:
+    """A stage in JSON's types, with no more of its masks than whether they are new."""
+    return {**asdict(replace(tuned, masks=None)), "masks": tuned.masks is not None}
+
+
+def _finetuned_of(row: Mapping[str, Any]) -> Finetuned:
+    return Finetuned(**{**row, "tried": tuple(row["tried"]), "masks": () if row["masks"] else None})
 
 
 def _open_row(opened: OpenBlock) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import architectures
 import pytest
 import tiny_models
 import torch
+from torch import nn
 
 from compressor.block_pass import BlockPass
 from compressor.block_result import PassResult
+from compressor.end_to_end import EndToEnd
 from compressor.errors import StoppedSafely
 from compressor.linears import IgnoreRules
 from compressor.models.checkpoint import open_checkpoint
@@ -23,7 +26,7 @@ from compressor.pass_state import PassState
 from compressor.recipe import Recipe
 from compressor.recipe_file import read_overrides
 from compressor.run.state import StateFolder
-from compressor.sparsity import SparsityPattern
+from compressor.sparsity import Mask, SparsityPattern
 
 CPU = torch.device("cpu")
 IDS = torch.randint(4, 90, (16, 12), generator=torch.Generator().manual_seed(0))
@@ -62,7 +65,13 @@ def recipe_of(variant: dict[str, Any]) -> Recipe:
 
 
 def press(
-    source: LoadedSource, out: Path, recipe: Recipe, state: PassState | None, windows: int | None = None
+    source: LoadedSource,
+    out: Path,
+    recipe: Recipe,
+    state: PassState | None,
+    windows: int | None = None,
+    *,
+    writer: type[CheckpointWriter] = CheckpointWriter,
 ) -> PassResult:
     """A pass into ``out``, asked to stop after some windows."""
     begun = 0 if state is None else state.windows_done
@@ -71,7 +80,7 @@ def press(
     def stop() -> bool:
         return windows is not None and (committed / f"{begun + windows:05d}.json").is_file()
 
-    writer = CheckpointWriter(out, source, torch.bfloat16)
+    shards = writer(out, source, torch.bfloat16)
     passed = BlockPass(
         source,
         IDS[:8],
@@ -84,8 +93,8 @@ def press(
         stop=stop,
         progress=lambda event: None,
         state=state,
-    ).run(writer)
-    writer.finish()
+    ).run(shards)
+    shards.finish()
     return passed
 
 
@@ -172,3 +181,32 @@ def test_commit_that_is_not_as_it_was_written_is_none(
     assert first is None
     assert second is not None
     assert second.content["windows"] == 1
+
+
+class FullDisk(CheckpointWriter):
+    """A writer whose disk is full at the second block."""
+
+    def commit(self, index: int, block: nn.Module, masks: Mapping[str, Mask]) -> None:
+        """Refuse the second block."""
+        if index == 1:
+            raise OSError(28, "No space left on device")
+        super().commit(index, block, masks)
+
+
+@pytest.mark.parametrize("name", ["finish", "tuned end to end", "merged adapters"])
+def test_stages_of_all_blocks_are_not_made_twice(
+    name: str, source: LoadedSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that fails behind them goes on with their weights, and says of them what it would have said."""
+    recipe = recipe_of(VARIANTS.get(name, {"recovery.method": "lora", "recovery.lora.lr": 1e-3}))
+    whole = press(source, tmp_path / "whole", recipe, None)
+    folder = StateFolder(tmp_path / "state")
+    with pytest.raises(OSError, match="No space"):
+        press(source, tmp_path / "failed", recipe, state_at(folder, source), writer=FullDisk)
+    monkeypatch.setattr(EndToEnd, "tune", None)
+    again = press(source, tmp_path / "again", recipe, state_at(folder, source))
+    assert written(tmp_path / "again") == written(tmp_path / "whole")
+    assert without_times(again) == without_times(whole)
+    assert [stage.masks is None for stage in again.finetuned] == [
+        stage.masks is None for stage in whole.finetuned
+    ]
