@@ -22,6 +22,7 @@ from compressor.run.measure import Measure
 from compressor.run.output import reserve_output
 from compressor.run.publish import Staging
 from compressor.run.state import StateFolder
+from compressor.streams import limited_activations
 from validators.session import check_provider
 from validators.validate import check_required
 
@@ -32,6 +33,7 @@ def compress(
     recipe: Recipe | None = None,
     *,
     device: str = "auto",
+    activation_memory: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     force: bool = False,
@@ -50,6 +52,8 @@ def compress(
         recipe: All settings; None takes the built-in ``default``. Without a sparsity or pattern, 50 %. The report
             holds the recipe as it was used, with window length and sparsity filled in.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``; blocks are pruned and repaired there.
+        activation_memory: Bytes that the hidden states of all windows may take together; the rest lies on the disk, in
+            files beside the output that have no name. None sets no limit.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Allow code that comes with the checkpoint; recorded in the report.
         force: Replace an existing output.
@@ -96,7 +100,7 @@ def compress(
             with Staging(target) as staging:
                 state = open_state(target, facts, job.source, choice, progress)
                 hf_folder = staging.plan.hf or staging.scratch / "hf"
-                with measure.stage("blocks"):
+                with measure.stage("blocks"), limited_activations(activation_memory, staging.scratch):
                     writer = CheckpointWriter(hf_folder, opened.source, opened.dtype, widths=job.widths)
                     passed = run_blocks(job, writer, stop, progress, state)
                 measure.timings.update(

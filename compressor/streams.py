@@ -1,18 +1,24 @@
-"""What flows between blocks: hidden states of the calibration windows, in host memory.
+"""What flows between blocks: hidden states of the calibration windows, in host memory or, past a limit, in files.
 
 Notation: N windows, T tokens each, hidden width D, B windows in a batch.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 
 class Activations:
-    """Hidden states of N windows, (N, T, D), in host memory; page-locked where CUDA reads them.
+    """Hidden states of N windows, (N, T, D), in host memory, page-locked where CUDA reads them; see also
+    ``limited_activations``.
 
     Attributes:
         states: The store itself, (N, T, D).
@@ -29,7 +35,11 @@ class Activations:
         device: torch.device | str = "cpu",
     ) -> None:
         self.device = torch.device(device)
-        self.states = _host_memory((windows, seqlen, hidden), dtype, pinned=self.device.type == "cuda")
+        shape = (windows, seqlen, hidden)
+        if _limit is not None and not _limit.grants(self, shape, dtype):
+            self.states = _limit.file_backed(shape, dtype)
+        else:
+            self.states = _host_memory(shape, dtype, pinned=self.device.type == "cuda")
 
     @classmethod
     def filled(
@@ -52,7 +62,7 @@ class Activations:
 
     @property
     def size_bytes(self) -> int:
-        """Host memory that the store takes."""
+        """Bytes of the states."""
         return self.states.numel() * self.states.element_size()
 
     def __len__(self) -> int:
@@ -85,6 +95,59 @@ class Activations:
             for rows, (hidden,) in zip(batches, prefetched([self], batches), strict=True):
                 target.write(rows.start, step(hidden))
         return target
+
+
+class _Limit:
+    """How much memory stores may take together; what comes beyond is mapped from unnamed files of a folder."""
+
+    def __init__(self, limit_bytes: int, folder: Path) -> None:
+        self._free_bytes, self._folder = limit_bytes, folder
+
+    def grants(self, store: Activations, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Whether memory is left for a store; it is taken until the store is gone."""
+        size_bytes = torch.Size(shape).numel() * dtype.itemsize
+        if size_bytes > self._free_bytes:
+            return False
+        self._free_bytes -= size_bytes
+        weakref.finalize(store, self._give_back, size_bytes)
+        return True
+
+    def file_backed(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """States whose pages the system may write to the disk when it needs the memory."""
+        count = torch.Size(shape).numel()
+        descriptor, name = tempfile.mkstemp(prefix="activations-", dir=self._folder)
+        try:
+            # All of it now: on a full disk a page that is touched later would end the program.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, max(1, count * dtype.itemsize))
+            return torch.from_file(name, shared=True, size=count, dtype=dtype).view(shape)
+        finally:
+            os.close(descriptor)
+            os.unlink(name)  # the mapping keeps it; nothing is left however the program ends
+
+    def _give_back(self, size_bytes: int) -> None:
+        self._free_bytes += size_bytes
+
+
+_limit: _Limit | None = None
+
+
+@contextmanager
+def limited_activations(limit_bytes: int | None, folder: Path) -> Iterator[None]:
+    """Stores that are made while the context lasts take at most ``limit_bytes`` of memory together; None sets no limit.
+
+    What comes beyond lies in files without a name in ``folder``, which go when the stores do.
+
+    Raises:
+        OSError: The disk is full, as a store is made.
+    """
+    global _limit
+    before = _limit
+    _limit = None if limit_bytes is None else _Limit(limit_bytes, folder)
+    try:
+        yield
+    finally:
+        _limit = before
 
 
 def in_order(windows: int, batch_size: int) -> list[range]:

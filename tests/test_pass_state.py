@@ -27,6 +27,7 @@ from compressor.recipe import Recipe
 from compressor.recipe_file import read_overrides
 from compressor.run.state import StateFolder
 from compressor.sparsity import Mask, SparsityPattern
+from compressor.streams import limited_activations
 
 CPU = torch.device("cpu")
 IDS = torch.randint(4, 90, (16, 12), generator=torch.Generator().manual_seed(0))
@@ -181,6 +182,17 @@ def test_commit_that_is_not_as_it_was_written_is_none(
     assert first is None
     assert second is not None
     assert second.content["windows"] == 1
+
+
+def test_pass_with_states_on_the_disk_commits_the_same_bytes(source: LoadedSource, tmp_path: Path) -> None:
+    """No memory for hidden states: the files are those of a pass that had it."""
+    recipe = recipe_of(VARIANTS["overlapping windows, rate by trial"])
+    (tmp_path / "scratch").mkdir()
+    whole = press(source, tmp_path / "whole", recipe, None)
+    with limited_activations(0, tmp_path / "scratch"):
+        again = press(source, tmp_path / "again", recipe, None)
+    assert written(tmp_path / "again") == written(tmp_path / "whole")
+    assert without_times(again) == without_times(whole)
 
 
 class FullDisk(CheckpointWriter):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor
 
-from compressor.streams import Activations, in_order, prefetched, shuffled
+from compressor.streams import Activations, in_order, limited_activations, prefetched, shuffled
 
 
 def hidden(windows: int = 5) -> Tensor:
@@ -77,3 +80,41 @@ def test_prefetched_keeps_stores_in_step() -> None:
     for rows, (x, y) in zip(batches, prefetched([inputs, targets], batches), strict=True):
         assert torch.equal(x, hidden()[rows])
         assert torch.equal(y, -hidden()[rows])
+
+
+def test_activations_beyond_the_limit_lie_in_files_without_a_name(tmp_path: Path) -> None:
+    """They read and write like others; the folder stays empty, and memory that a store leaves is given to the next."""
+    with limited_activations(2 * 30 * 4, tmp_path):
+        first, second = Activations.filled(hidden()), Activations.filled(hidden())
+        third = Activations.filled(hidden())
+        assert [in_a_file(store, tmp_path) for store in (first, second, third)] == [False, False, True]
+        third.write(1, hidden()[:2] + 100)
+        assert torch.equal(third.read([0, 1, 2]), torch.cat([hidden()[:1], hidden()[:2] + 100]))
+        assert in_a_file(third.empty_like(), tmp_path)
+        del first
+        assert not in_a_file(Activations.filled(hidden()), tmp_path)
+    assert not in_a_file(Activations(100, 3, 2), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_told_as_a_store_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when a page is touched, where it would end the program; and no file is left."""
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
+    with limited_activations(0, tmp_path), pytest.raises(OSError, match="No space"):
+        Activations(5, 3, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def in_a_file(store: Activations, folder: Path) -> bool:
+    """Whether a store's states are mapped from a file of the folder."""
+    at = store.states.data_ptr()
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        span, *_, path = line.split(maxsplit=5)
+        first, last = (int(address, 16) for address in span.split("-"))
+        if first <= at < last:
+            return path.startswith(str(folder))
+    raise AssertionError("no mapping holds the states")

@@ -12,7 +12,7 @@ from compressor.cli import options
 from compressor.cli.run import GATE_FAILED
 from compressor.cli.sections import SectionedCommand
 from compressor.cli.tasks import task_options
-from compressor.cli.values import sparsity
+from compressor.cli.values import bytes_of, sparsity
 from compressor.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,31 +50,6 @@ def shares(value: str) -> tuple[float, ...]:
 
 def _is_percentage(text: str) -> bool:
     return text.endswith("%") and text[:-1].replace(".", "", 1).strip().isdigit()
-
-
-def bytes_of(value: str) -> int:
-    """A size such as ``20GiB``, ``500MB`` or ``0``.
-
-    Raises:
-        click.BadParameter: It is none.
-    """
-    units = {
-        "": 1,
-        "kib": 2**10,
-        "mib": 2**20,
-        "gib": 2**30,
-        "tib": 2**40,
-        "kb": 1e3,
-        "mb": 1e6,
-        "gb": 1e9,
-        "tb": 1e12,
-    }
-    text = value.strip().lower()
-    number = text.rstrip("bgikmt ")
-    try:
-        return int(float(number) * units[text[len(number) :].strip()])
-    except (ValueError, KeyError, OverflowError):
-        raise click.BadParameter(f"{value!r} is no size such as 20GiB, 500MB or 0") from None
 
 
 @click.command(

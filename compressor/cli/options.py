@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from compressor.cli.sections import SectionedOption
-from compressor.cli.values import device, learning_rate, limit, sparsity
+from compressor.cli.values import bytes_of, device, learning_rate, limit, sparsity
 from compressor.errors import UsageError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -297,6 +297,13 @@ device_option = flag(
     show_default=True,
     metavar="NAME",
     help="auto, cpu, cuda or cuda:N.",
+)
+activation_memory_option = flag(
+    "Model",
+    "--activation-memory",
+    type=bytes_of,
+    metavar="SIZE",
+    help="Memory that hidden states of all windows may take; more lies on the disk. No limit by default.",
 )
 no_validate_option = flag(
     "Validation", "--no-validate", is_flag=True, help="Do not validate; the verdict is null."

@@ -68,3 +68,28 @@ def learning_rate(value: str) -> float | str:
         return float(value)
     except ValueError:
         raise click.BadParameter(f"{value!r} is neither auto nor a number") from None
+
+
+def bytes_of(value: str) -> int:
+    """A size such as ``20GiB``, ``500MB`` or ``0``.
+
+    Raises:
+        click.BadParameter: It is none.
+    """
+    units = {
+        "": 1,
+        "kib": 2**10,
+        "mib": 2**20,
+        "gib": 2**30,
+        "tib": 2**40,
+        "kb": 1e3,
+        "mb": 1e6,
+        "gb": 1e9,
+        "tb": 1e12,
+    }
+    text = value.strip().lower()
+    number = text.rstrip("bgikmt ")
+    try:
+        return int(float(number) * units[text[len(number) :].strip()])
+    except (ValueError, KeyError, OverflowError):
+        raise click.BadParameter(f"{value!r} is no size such as 20GiB, 500MB or 0") from None

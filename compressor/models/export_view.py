@@ -40,8 +40,10 @@ class MappedParts:
         return self._dtype if convert else tensor.dtype
 
     def stored(self, name: str) -> Tensor:
-        """A parameter or buffer in its stored dtype."""
-        return self._tensors[name].detach().to("cpu", self.stored_dtype(name))
+        """A copy of a parameter or buffer in its stored dtype."""
+        stored = self._tensors[name].detach().to("cpu", self.stored_dtype(name), copy=True)
+        self._mapped.give_back(self._tensors[name])
+        return stored
 
 
 def export_parts(

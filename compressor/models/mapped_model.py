@@ -85,6 +85,10 @@ class MappedModel:
             block.register_forward_hook(partial(self._after_run, index))
         return self.model
 
+    def give_back(self, stored: Tensor) -> None:
+        """Let go of the pages that a block's parameter of :meth:`tensors` has taken as it was read."""
+        self._mapped.give_back([stored])
+
     def tensors(self) -> dict[str, Tensor]:
         """Parameters, a block's as they are stored, and buffers, by their names in the state dict."""
         named = {
