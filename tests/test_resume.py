@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -165,3 +169,48 @@ def test_finished_output_with_a_changed_byte_is_not_taken_for_the_run_s(
         masks.write_bytes(content)
     assert refused.code == 6
     assert "E-OUTPUT-EXISTS" in refused.said
+
+
+def test_eight_runs_on_one_output_have_one_winner(run: TinyRun, tmp_path: Path) -> None:
+    """The others end with 6 and name the winner's process and host; what it had begun is all that is there."""
+    out = tmp_path / "out" / "sparse.onnx"
+    out.parent.mkdir()
+    environment = {
+        **os.environ,
+        "BLOCKPRESS_FAULT": "blocks: before a window:pause",
+        "BLOCKPRESS_CACHE": str(tmp_path / "cache"),
+    }
+    command = [sys.executable, "-m", "compressor", *run.argv(out)]
+    racing = [
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(8)
+    ]
+    try:
+        (winner,) = last_running(racing)
+        for other in racing:
+            if other is not winner:
+                said = other.communicate()[1]
+                assert other.returncode == 6, said
+                assert (
+                    f"E-OUTPUT-LOCKED  sparse.onnx is being written by another run (pid {winner.pid}" in said
+                )
+                assert socket.gethostname() in said
+    finally:
+        for process in racing:
+            process.kill()
+            process.wait()
+            assert process.stderr is not None
+            process.stderr.close()
+    assert not [path for path in out.parent.iterdir() if not path.name.startswith(".")]
+
+
+def last_running(processes: Sequence[subprocess.Popen[str]]) -> list[subprocess.Popen[str]]:
+    """Those that run when all but one have ended, or after two minutes."""
+    until = time.monotonic() + 120
+    while True:
+        running = [process for process in processes if process.poll() is None]
+        if len(running) <= 1 or time.monotonic() > until:
+            return running
+        time.sleep(0.05)

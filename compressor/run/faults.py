@@ -1,7 +1,8 @@
 """Named points of a run where a test can make something go wrong; inert unless an environment variable asks for it.
 
 ``BLOCKPRESS_FAULT=POINT:ACTION`` or ``POINT#N:ACTION``, the N-th time that the point is reached. Actions: ``kill`` ends
-the program as ``kill -9`` does, ``enospc`` raises the error of a full disk, ``interrupt`` sends SIGINT to the program.
+the program as ``kill -9`` does, ``pause`` stops it until it gets SIGCONT, ``enospc`` raises the error of a full disk,
+``interrupt`` sends SIGINT to the program.
 """
 
 from __future__ import annotations
@@ -52,10 +53,9 @@ def reach(point: str) -> None:
 
 
 def _go_wrong(action: str) -> None:
-    if action == "kill":
-        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
-    elif action == "interrupt":
-        os.kill(os.getpid(), signal.SIGINT)
+    signals = {"kill": "SIGKILL", "pause": "SIGSTOP", "interrupt": "SIGINT"}
+    if action in signals:
+        os.kill(os.getpid(), getattr(signal, signals[action]))
     elif action == "enospc":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     else:
