@@ -111,7 +111,11 @@ def open_state(
 def facts_of(job: Job, opened: OpenModel) -> dict[str, Any]:
     """What decides the bytes of a run's result, by name."""
     versions = installed_versions()
-    recipe = job.recipe.model_dump(mode="json", exclude={"gates"})
+    # Gates judge the result and do not make it; of the texts the windows count, wherever they lie.
+    texts = {"source"}
+    recipe = job.recipe.model_dump(
+        mode="json", exclude={"gates": True, "calibration": texts, "evaluation": texts}
+    )
     return {
         "model": opened.checkpoint.identity,
         "calibration windows": job.calibration.windows.sha256,

@@ -1,0 +1,156 @@
+"""Read mutated files in a forked worker, one after the other, and tell of every one that was not taken or refused.
+
+    python tests/fuzz/fuzzing.py --mutations 10000
+
+The worker has the imports done. Where it dies or takes more than ten seconds for one file, that file is a fault, and
+another worker goes on behind it. A mutation is known by its format, the seed and its number: the same again with
+``--formats F --seed S --first N --mutations 1``.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fuzz.formats import FORMATS, Format, make_samples  # its folder has to be known first
+from fuzz.mutations import mutated
+
+from compressor.errors import ReportedError
+
+LIMIT_S = 10
+_STILL = open(os.devnull, "w")  # noqa: SIM115  # for the life of the workers
+
+
+class TooSlow(BaseException):
+    """A file took more than ``LIMIT_S`` seconds."""
+
+
+def fuzz(name: str, samples: Path, numbers: range, seed: int) -> dict[str, list[int]]:
+    """Numbers of the mutations by what became of them: "taken", "refused E-…", or anything else, which is a fault."""
+    outcomes: dict[str, list[int]] = collections.defaultdict(list)
+    waiting = numbers
+    while waiting:
+        told = _worker(FORMATS[name], name, samples, waiting, seed)
+        for number, outcome in told:
+            outcomes[outcome].append(number)
+        waiting = waiting[len(told) :]
+    return outcomes
+
+
+def is_fault(outcome: str) -> bool:
+    """Whether a file was neither taken nor refused in the way it should be."""
+    return outcome != "taken" and not outcome.startswith("refused E-")
+
+
+def _worker(form: Format, name: str, samples: Path, numbers: range, seed: int) -> list[tuple[int, str]]:
+    """What a forked child tells of the mutations until it is through, or dies: then the last row says so."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        try:
+            _read_all(form, name, samples, numbers, seed, writing)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, encoding="utf-8", errors="replace") as lines:
+        rows = [line.rstrip("\n").split(" ", 1) for line in lines if line.endswith("\n")]
+    told = [(int(number), outcome) for number, outcome in rows]
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if len(told) < len(numbers):
+        told.append((numbers[len(told)], f"died: {code}"))
+    return told
+
+
+def _read_all(form: Format, name: str, samples: Path, numbers: range, seed: int, writing: int) -> None:
+    os.dup2(_STILL.fileno(), 1)
+    os.dup2(_STILL.fileno(), 2)
+    signal.signal(signal.SIGALRM, _too_slow)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "samples"
+        shutil.copytree(samples, folder)
+        os.chdir(folder)
+        content, before = (folder / form.path).read_bytes(), _names(Path(scratch))
+        for number in numbers:
+            (folder / form.path).write_bytes(
+                mutated(content, form.kind, random.Random(f"{name} {seed} {number}"))
+            )
+            outcome = _outcome(form, folder)
+            if _names(Path(scratch)) != before:
+                outcome = "escaped: files have come or gone"
+            os.write(writing, f"{number} {outcome}\n".encode("utf-8", "replace"))
+
+
+def _outcome(form: Format, folder: Path) -> str:
+    try:
+        with _time_limit():
+            form.read(folder)
+    except ReportedError as error:
+        return f"refused {error.error_id}" if error.exit_code in (2, 3) else f"exit {error.exit_code}"
+    except TooSlow:
+        return f"slow: more than {LIMIT_S} s"
+    except BaseException as error:
+        text = str(error).replace("\n", " ")[:150]
+        return f"broken: {type(error).__name__}: {text}"
+    return "taken"
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    signal.alarm(LIMIT_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def _too_slow(_: int, __: FrameType | None) -> None:
+    raise TooSlow
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+@click.command(help=__doc__)
+@click.option("--mutations", default=10_000, help="Of each format.")
+@click.option("--formats", default=",".join(FORMATS))
+@click.option("--seed", default=0)
+@click.option("--first", default=0, help="Number of the first mutation.")
+def main(mutations: int, formats: str, seed: int, first: int) -> None:
+    faults = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        samples = make_samples(Path(scratch))
+        for name in formats.split(","):
+            started = time.perf_counter()
+            outcomes = fuzz(name, samples, range(first, first + mutations), seed)
+            wrong = {outcome: numbers for outcome, numbers in outcomes.items() if is_fault(outcome)}
+            refused = sum(
+                len(numbers) for outcome, numbers in outcomes.items() if outcome.startswith("refused")
+            )
+            count = sum(map(len, wrong.values()))
+            faults += count
+            seconds = time.perf_counter() - started
+            click.echo(f"{name}: {mutations} mutations, {refused} refused, {count} faults, {seconds:.0f} s")
+            for outcome, numbers in wrong.items():
+                click.echo(f"  {outcome}: {len(numbers)}, the first is {numbers[0]}")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
