@@ -264,7 +264,7 @@ resume_option = flag(
     type=click.Choice(["auto", "required", "never"]),
     default="auto",
     show_default=True,
-    help="Go on with a run that was stopped or killed: if there is one, or else refuse, or begin anew.",
+    help="auto goes on where an earlier run was stopped or killed, required refuses to begin anew, never begins anew.",
 )
 recipe_options = _stack(
     flag(
