@@ -31,7 +31,8 @@ def _seconds(figures: Figures) -> str:
 
 
 def _losses(figures: Figures) -> str:
-    losses = figures["losses"]
+    """Calibration and held out, of the last stage."""
+    losses = figures["finish"] or figures["losses"]
     return f"{losses['calibration']:.4f}, {losses['heldout']:.4f}" if losses else "none"
 
 

@@ -17,11 +17,17 @@ from compressor.planning import pattern_of, plan, run_blocks
 from compressor.progress import Notice, Progress, StageStarted, silent
 from compressor.recipe import Recipe
 from compressor.recipe_file import read_recipe
-from compressor.resuming import check_resume, facts_of, finished_run, open_state, run_digest
+from compressor.resuming import (
+    check_resume,
+    facts_of,
+    finished_run,
+    forget_state,
+    open_state,
+    run_digest,
+)
 from compressor.run.measure import Measure
 from compressor.run.output import reserve_output
 from compressor.run.publish import Staging
-from compressor.run.state import StateFolder
 from compressor.streams import limited_activations
 from validators.session import check_provider
 from validators.validate import check_required
@@ -93,30 +99,29 @@ def compress(
             facts = facts_of(job, opened)
             result = finished_run(target, facts, validated=validate) if may_be_done else None
         if result is not None:
-            progress(
-                Notice(f"{target.target.name} is the output of this very run already: nothing is to be done")
+            name = target.target.name
+            progress(Notice(f"{name} is the output of this very run already: nothing is to be done"))
+            forget_state(target)
+            return result
+        with Staging(target) as staging:
+            state = open_state(target, facts, job.source, choice, progress)
+            hf_folder = staging.plan.hf or staging.scratch / "hf"
+            with measure.stage("blocks"), limited_activations(activation_memory, staging.scratch):
+                writer = CheckpointWriter(hf_folder, job.source, opened.dtype, widths=job.widths)
+                passed = run_blocks(job, writer, stop, progress, state)
+            measure.timings.update({f"blocks: {tuned.method}": tuned.elapsed_s for tuned in passed.finetuned})
+            subject = opened.subject("run", job.pattern)
+            job.source.close()
+            measured = Measured(
+                job.evaluation, passed.perplexities, job.calibration.facts(), passed, run_digest(facts)
             )
-        else:
-            with Staging(target) as staging:
-                state = open_state(target, facts, job.source, choice, progress)
-                hf_folder = staging.plan.hf or staging.scratch / "hf"
-                with measure.stage("blocks"), limited_activations(activation_memory, staging.scratch):
-                    writer = CheckpointWriter(hf_folder, opened.source, opened.dtype, widths=job.widths)
-                    passed = run_blocks(job, writer, stop, progress, state)
-                measure.timings.update(
-                    {f"blocks: {tuned.method}": tuned.elapsed_s for tuned in passed.finetuned}
-                )
-                subject = opened.subject("run", job.pattern)
-                opened.source.close()
-                facts_found = job.calibration.facts()
-                measured = Measured(
-                    job.evaluation, passed.perplexities, facts_found, passed, run_digest(facts)
-                )
-                delivery = Delivery(subject, staging, hf_folder, job.recipe, measure, progress)
-                notices = (*job.notices, *passed.notices)
-                result = delivery.deliver(
-                    measured, validate=validate, provider=provider, require=require, notices=notices
-                )
-        for root in target.state_roots:
-            StateFolder(root).remove()
+            delivery = Delivery(subject, staging, hf_folder, job.recipe, measure, progress)
+            result = delivery.deliver(
+                measured,
+                validate=validate,
+                provider=provider,
+                require=require,
+                notices=(*job.notices, *passed.notices),
+            )
+        forget_state(target)
         return result

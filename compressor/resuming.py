@@ -20,7 +20,7 @@ from compressor.run.output import OutputPlan
 from compressor.run.state import Commit, StateFolder
 from exporters.manifest import check_files, read_manifest
 
-__all__ = ["Resume", "check_resume", "facts_of", "finished_run", "open_state", "run_digest"]
+__all__ = ["Resume", "check_resume", "facts_of", "finished_run", "forget_state", "open_state", "run_digest"]
 
 Resume = Literal["auto", "required", "never"]
 
@@ -106,6 +106,12 @@ def open_state(
     reached = f"block {len(state.results)} of {source.num_blocks}"
     progress(Notice(f"an earlier run was stopped behind {reached}: going on from there"))
     return state
+
+
+def forget_state(plan: OutputPlan) -> None:
+    """Remove the state of a run whose output is there."""
+    for root in plan.state_roots:
+        StateFolder(root).remove()
 
 
 def facts_of(job: Job, opened: OpenModel) -> dict[str, Any]:
