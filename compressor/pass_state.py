@@ -91,7 +91,7 @@ class PassState:
         """Keep a block that no window repairs any more.
 
         Raises:
-            OSError: It cannot be written.
+            OSError, SafetensorError: It cannot be written.
         """
         stored = self._store(f"{_FINISHED}{index}", index, block, masks)
         self._blocks[stored.name] = stored
@@ -118,7 +118,7 @@ class PassState:
             open_blocks: Blocks that a later window repairs once more.
 
         Raises:
-            OSError: It cannot be written; the commit before stands.
+            OSError, SafetensorError: It cannot be written; the commit before stands.
         """
         states = {_STATES + name: stream.states for name, stream in streams.items()}
         files = [self._folder.store(f"window-{windows}-states", states, {})]
@@ -144,7 +144,7 @@ class PassState:
             blocks: Every block with its masks.
 
         Raises:
-            OSError: It cannot be written; the commit before stands.
+            OSError, SafetensorError: It cannot be written; the commit before stands.
         """
         files = [
             self._store(f"{_TUNED}{index}", index, block, masks)

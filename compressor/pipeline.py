@@ -19,6 +19,7 @@ from compressor.recipe import Recipe
 from compressor.recipe_file import read_recipe
 from compressor.resuming import (
     check_resume,
+    decided_finish,
     facts_of,
     finished_run,
     forget_state,
@@ -95,7 +96,8 @@ def compress(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
             )
-            job = plan(opened, recipe, pattern, ignore, progress)
+            decided = None if choice == "never" else decided_finish(target)
+            job = plan(opened, recipe, pattern, ignore, progress, decided)
             facts = facts_of(job, opened)
             result = finished_run(target, facts, validated=validate) if may_be_done else None
         if result is not None:

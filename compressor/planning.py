@@ -127,9 +127,22 @@ def calibration_of(recipe: Recipe, tokenizer: Any, max_seqlen: int, vocab_rows: 
 
 
 def plan(
-    opened: OpenModel, recipe: Recipe, pattern: SparsityPattern, ignore: IgnoreRules, progress: Progress
+    opened: OpenModel,
+    recipe: Recipe,
+    pattern: SparsityPattern,
+    ignore: IgnoreRules,
+    progress: Progress,
+    decided_finish: str | None = None,
 ) -> Job:
     """Every check that can be made before the first block is touched, and the texts cut into windows.
+
+    Args:
+        opened: The model.
+        recipe: What is asked for.
+        pattern: The sparsity to reach.
+        ignore: Which matrices stay dense.
+        progress: Receives events.
+        decided_finish: What an earlier run, which this one goes on with, has made of finish ``auto``.
 
     Raises:
         ReportedError: The plan does not fit the model, or a text cannot be used.
@@ -143,7 +156,10 @@ def plan(
     calibration = calibration_of(recipe, tokenizer, source.max_seqlen, source.vocab_size)
     seqlen, windows = calibration.seqlen, calibration.windows
     evaluation = evaluation_of(recipe.evaluation, tokenizer, seqlen, source.vocab_size)
-    finish, why = finish_for(source, recipe, windows=windows.count, seqlen=seqlen, device=opened.device)
+    if recipe.finish.method == "auto" and decided_finish is not None:
+        finish, why = decided_finish, None
+    else:
+        finish, why = finish_for(source, recipe, windows=windows.count, seqlen=seqlen, device=opened.device)
     notices = (
         *unread_settings(recipe),
         *opened.checkpoint.notices,

@@ -20,7 +20,16 @@ from compressor.run.output import OutputPlan
 from compressor.run.state import Commit, StateFolder
 from exporters.manifest import check_files, read_manifest
 
-__all__ = ["Resume", "check_resume", "facts_of", "finished_run", "forget_state", "open_state", "run_digest"]
+__all__ = [
+    "Resume",
+    "check_resume",
+    "decided_finish",
+    "facts_of",
+    "finished_run",
+    "forget_state",
+    "open_state",
+    "run_digest",
+]
 
 Resume = Literal["auto", "required", "never"]
 
@@ -39,6 +48,15 @@ def check_resume(resume: str) -> Resume:
         if resume == choice:
             return choice  # type: ignore[no-any-return]
     raise UsageError("E-RESUME-CHOICE", f"resume is auto, required or never; got {resume!r}", "give auto")
+
+
+def decided_finish(plan: OutputPlan) -> str | None:
+    """The finish that the run whose state lies there has taken; free memory may be another now."""
+    for commit in StateFolder(plan.state).commits():
+        found = None if commit is None else commit.facts.get("finish.method")
+        if found in ("none", "kl"):
+            return str(found)
+    return None
 
 
 def finished_run(plan: OutputPlan, facts: Mapping[str, Any], *, validated: bool) -> CompressionResult | None:

@@ -23,6 +23,8 @@ from faults.interrupted_runs import (
     tiny_run,
 )
 
+from compressor.run.state import StateFolder, StoredFile
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forked")
 
 
@@ -99,6 +101,13 @@ def test_full_disk_leaves_the_commit_before(server: ForkServer, run: TinyRun, tm
         assert ended.code == 5, ended.said
         assert "E-DISK-FULL" in ended.said
         assert windows_done(out) == 1
+
+
+def test_disk_that_takes_no_more_ends_with_5(server: ForkServer, run: TinyRun, tmp_path: Path) -> None:
+    """Whoever writes tells it in a way of his own: here safetensors does, which writes its files by itself."""
+    ended = server.run(run.argv(tmp_path / "sparse.onnx"), file_limit=20_000)
+    assert ended.code == 5, ended.said
+    assert "E-DISK-FULL" in ended.said
 
 
 def test_damaged_commit_falls_back_to_the_one_before(
@@ -214,3 +223,19 @@ def last_running(processes: Sequence[subprocess.Popen[str]]) -> list[subprocess.
         if len(running) <= 1 or time.monotonic() > until:
             return running
         time.sleep(0.05)
+
+
+def test_finish_that_memory_decided_stays_decided(server: ForkServer, tmp_path: Path) -> None:
+    """Where less memory is free after a stop, the same command is still the same run."""
+    run = tiny_run(tmp_path, finish__method="auto", finish__epochs=1)
+    out = tmp_path / "out" / "sparse.onnx"
+    out.parent.mkdir()
+    assert server.run(run.argv(out), fault="blocks: after a window:kill").code == KILLED
+    commit = max(state_of(out).glob("*.json"))
+    body = json.loads(commit.read_text(encoding="utf-8"))
+    assert body["facts"]["finish.method"] == "kl"
+    facts = {**body["facts"], "finish.method": "none"}
+    StateFolder(state_of(out)).commit(facts, body["content"], [StoredFile(*row) for row in body["files"]])
+    again = server.run(run.argv(out), fault="blocks: after a window:kill")
+    assert again.code == KILLED, again.said
+    assert "going on from there" in again.said

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import logging
+import re
 import signal
 import sys
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from compressor.cli.terminal import bold_red, printable
 from exporters.errors import ReportedError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OS_ERROR = re.compile(r"os error (\d+)")  # safetensors writes by itself, and tells the number in its message
 _MEMORY_PHRASES = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "std::bad_alloc")
 
 
@@ -62,6 +64,11 @@ def _resources(error: BaseException) -> Failure | None:
         where = f" ({error.filename})" if error.filename else ""
         return Failure(
             "E-DISK-FULL", f"{error.strerror}{where}", "free space, or give an --out on another disk", 5
+        )
+    told = _OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    if told is not None and int(told[1]) in _NO_SPACE:
+        return Failure(
+            "E-DISK-FULL", _one_line(str(error)), "free space, or give an --out on another disk", 5
         )
     memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if memory or (

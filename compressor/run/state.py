@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -79,18 +79,13 @@ class StateFolder:
         """Write a file of tensors and flush it; a file of that name is replaced as a whole.
 
         Raises:
-            OSError: It cannot be written.
+            OSError, SafetensorError: It cannot be written.
         """
         reach("state: before a file")
         self.root.mkdir(parents=True, exist_ok=True)
         path = self.root / f"{name}.safetensors"
         with replacing(path) as draft:
-            try:
-                save_file(
-                    {key: tensor.contiguous() for key, tensor in tensors.items()}, draft, dict(metadata)
-                )
-            except SafetensorError as error:  # what it makes of an OSError
-                raise OSError(str(error)) from None
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft, dict(metadata))
             stored = StoredFile(path.name, draft.stat().st_size, _sha256(draft))
         reach("state: after a file")
         return stored

@@ -1,14 +1,16 @@
 """Runs of the command line in children of a process that has done the imports: ``python fork_server.py``.
 
-Each line of standard input is one run as JSON: ``argv``, ``environment`` (added to the process's), ``kill_after_s`` (or
-null) and ``log``, a file for what the run prints. Each is answered by a line: ``code``, negative for the signal that
-ended it, and ``seconds``. No tensor is touched in this process, so that no thread of torch is lost in a fork.
+Each line of standard input is one run as JSON: ``argv``, ``environment`` (added to the process's), ``kill_after_s``
+(or null), ``file_limit``, the most bytes that a file may get (or null), and ``log``, a file for what the run prints.
+Each is answered by a line: ``code``, negative for the signal that ended it, and ``seconds``. No tensor is touched in
+this process, so that no thread of torch is lost in a fork.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -49,6 +51,8 @@ def _become(request: dict[str, Any]) -> None:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.environ.update(request["environment"])
+        if request["file_limit"] is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
         sys.argv = ["compress", *request["argv"]]
         try:
             code = main() or 0

@@ -38,7 +38,12 @@ class ForkServer:
         self._process, self._folder, self._count = process, folder, 0
 
     def run(
-        self, argv: Sequence[str], *, fault: str | None = None, kill_after_s: float | None = None
+        self,
+        argv: Sequence[str],
+        *,
+        fault: str | None = None,
+        kill_after_s: float | None = None,
+        file_limit: int | None = None,
     ) -> Ended:
         """One run of the command line, to its end."""
         self._count += 1
@@ -48,6 +53,7 @@ class ForkServer:
             "argv": list(argv),
             "environment": environment,
             "kill_after_s": kill_after_s,
+            "file_limit": file_limit,
             "log": str(log),
         }
         assert self._process.stdin is not None
