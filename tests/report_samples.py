@@ -239,6 +239,7 @@ def fields(num_blocks: int = 16) -> dict[str, Any]:
             "validate: parity": 31.0,
         },
         "peak_memory_bytes": PeakMemory(host=4_402_341_478, device=6_764_573_491),
+        "run_sha256": sha256("run"),
         "manifest": ManifestFacts(
             digest=sha256("manifest"),
             files=(

@@ -173,8 +173,8 @@ def test_events_tell_the_stage_after_the_blocks(workshop: Workshop, tmp_path: Pa
     assert stages == ["open", "finish", "export", "publish"]
 
 
-def test_stop_in_the_finish_leaves_nothing(workshop: Workshop, tmp_path: Path) -> None:
-    """A run that is stopped between two steps raises StoppedSafely and publishes nothing."""
+def test_stop_in_the_finish_leaves_the_blocks_to_go_on_with(workshop: Workshop, tmp_path: Path) -> None:
+    """A run that is stopped between two steps publishes nothing; the next one does the finish, not the blocks."""
     told: list[Event] = []
 
     def stop() -> bool:
@@ -190,7 +190,12 @@ def test_stop_in_the_finish_leaves_nothing(workshop: Workshop, tmp_path: Path) -
             progress=told.append,
         )
     assert stopped.value.exit_code == 75
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".sparse.onnx.state"]
+    again: list[Event] = []
+    run(workshop, tmp_path / "sparse.onnx", again, **KL)
+    assert not any(isinstance(event, BlockFinished) for event in again)
+    assert sum(isinstance(event, FinetuningProgress) for event in again) == 9
+    assert not (tmp_path / ".sparse.onnx.state").exists()
 
 
 @pytest.mark.parametrize(("free_bytes", "stages"), [(2**40, ["kl"]), (0, [])])
