@@ -1,0 +1,64 @@
+// A packed matrix and the rows that are multiplied with it, as kernels see them: checked, and not owned.
+// The layout is that of FORMAT.md.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace blockpress {
+
+constexpr int64_t kStripRows = 16;    // rows between two entries of `offsets`
+constexpr int64_t kPieceColumns = 64; // columns that one mask word covers
+constexpr int64_t kPaddingBytes = 64; // zeros after the last value
+
+enum class ValueType { kFloat32, kFloat16, kBfloat16, kInt8, kInt4 };
+
+// Bytes of one element of `values`; an int4 element is a byte with two values.
+constexpr int64_t ElementBytes(ValueType type) {
+  return type == ValueType::kFloat32 ? 4 : type == ValueType::kFloat16 || type == ValueType::kBfloat16 ? 2 : 1;
+}
+
+// W (rows, columns).
+struct Weight {
+  ValueType type;
+  int64_t rows;
+  int64_t columns;
+  int64_t group_size; // a multiple of 64, or `columns` rounded up to one where a row has a single scale
+  const uint8_t* mask;
+  const uint8_t* values;
+  const int64_t* offsets;
+  const float* scales;
+  int64_t scales_per_row; // 0 where one scale holds for every row
+  const float* bias;
+  bool bias_per_row; // false where one bias holds for every row
+
+  int64_t pieces() const { return (columns + kPieceColumns - 1) / kPieceColumns; }
+  int64_t mask_row_bytes() const { return (columns + 7) / 8; }
+  const float* row_scales(int64_t row) const { return scales + row * scales_per_row; }
+  float row_bias(int64_t row) const { return bias_per_row ? bias[row] : bias[0]; }
+
+  // The mask bits of columns 64 * piece to 64 * piece + 63 of a row; those past the last column are 0.
+  uint64_t mask_word(int64_t row, int64_t piece) const {
+    const uint8_t* bytes = mask + row * mask_row_bytes() + piece * 8;
+    uint64_t word = 0;
+    const int64_t left = mask_row_bytes() - piece * 8;
+    if (left >= 8) {
+      std::memcpy(&word, bytes, 8);
+    } else {
+      for (int64_t i = 0; i < left; ++i) word |= static_cast<uint64_t>(bytes[i]) << (8 * i);
+    }
+    return word;
+  }
+  const uint8_t* strip_values(int64_t strip) const { return values + offsets[strip] * ElementBytes(type); }
+};
+
+// X (rows, columns), the rows padded with zeros to whole pieces of 64 columns.
+struct Activations {
+  int64_t rows;
+  int64_t stride;          // elements from one row to the next: the columns rounded up to whole pieces
+  const float* x;          // null where x is used as int8
+  const int8_t* quantized; // null where x is used as float32; values from -127 to 127
+  const float* scales;     // (rows): the step of each row of `quantized`
+};
+
+} // namespace blockpress
