@@ -15,7 +15,7 @@ struct Kernels {
   void (*multiply)(const Weight& weight, const Activations& activations, int64_t first_strip, int64_t last_strip,
                    float* y);
 
-  // Rounds x (columns) to int8: returns the step max|x| / 127 (1 where all is zero; NaN where x is not finite, and
+  // Rounds x (columns) to int8: returns the step max|x| / 127 (1 where that is 0; NaN where x is not finite, and
   // then writes zeros). Writes `stride` elements, zeros from `columns` on.
   float (*quantize)(const float* x, int64_t columns, int64_t stride, int8_t* quantized);
 };

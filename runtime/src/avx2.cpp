@@ -1,0 +1,276 @@
+// Kernels for AVX2 (with FMA and F16C): values are put at their columns by byte and lane shuffles whose indices come
+// from tables of the 256 possible mask bytes.
+#include <immintrin.h>
+
+#include <array>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "bits.h"
+#include "kernels.h"
+#include "target.h"
+
+BLOCKPRESS_TARGET("avx2,fma,f16c,popcnt")
+#include "loops.h"
+
+namespace blockpress {
+namespace {
+
+alignas(64) constexpr auto kBytesLow = ExpandIndices<1>(0);  // into the low eight bytes of a vector
+alignas(64) constexpr auto kBytesHigh = ExpandIndices<1>(8); // into the high eight bytes
+alignas(64) constexpr auto kHalves = ExpandIndices<2>(0);
+
+inline __m128i Load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+
+inline __m128i Load8And8(const void* low, const void* high) {
+  const __m128d first = _mm_castsi128_pd(Load8(low));
+  return _mm_castpd_si128(_mm_loadh_pd(first, static_cast<const double*>(high)));
+}
+
+inline uint32_t Byte(uint64_t word, int i) { return static_cast<uint32_t>(word >> (8 * i)) & 0xffu; }
+
+inline __m256 Float8(__m128i int8) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(int8)); }
+
+// Eight columns as float32: `bits` of the mask, whose first value lies at p.
+template <ValueType type> inline __m256 ExpandFloats(const uint8_t* p, uint32_t bits) {
+  if constexpr (type == ValueType::kFloat32) {
+    // The same indices, one a lane: the top bit of a lane says that nothing is stored there.
+    const __m256i lanes = _mm256_cvtepi8_epi32(Load8(kBytesLow[bits].data()));
+    const __m256 values = _mm256_permutevar8x32_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(p)), lanes);
+    return _mm256_blendv_ps(values, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
+  } else if constexpr (type == ValueType::kInt8) {
+    return Float8(_mm_shuffle_epi8(Load8(p), Load8(kBytesLow[bits].data())));
+  } else {
+    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m128i indices = _mm_load_si128(reinterpret_cast<const __m128i*>(kHalves[bits].data()));
+    const __m128i values = _mm_shuffle_epi8(packed, indices);
+    if constexpr (type == ValueType::kFloat16) return _mm256_cvtph_ps(values);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(values), 16));
+  }
+}
+
+// Sixteen columns of int8: two bytes of the mask, and where the values of each begin.
+inline __m128i ExpandBytes(const uint8_t* p, uint64_t word, uint64_t starts, int byte) {
+  const __m128i values = Load8And8(p + Byte(starts, byte), p + Byte(starts, byte + 1));
+  const __m128i indices =
+      Load8And8(kBytesLow[Byte(word, byte)].data(), kBytesHigh[Byte(word, byte + 1)].data());
+  return _mm_shuffle_epi8(values, indices);
+}
+
+// int4 values are first unpacked to int8, several pieces ahead, and then go the way of int8.
+class UnpackedInt4 {
+public:
+  UnpackedInt4(const Weight& weight, int64_t row, const uint8_t* values, int64_t piece)
+      : weight_(weight), row_(row), piece_(piece), values_(values) {}
+
+  // The int8 values of the next piece, which has `word` as its mask.
+  const uint8_t* Next(uint64_t word) {
+    if (piece_ == unpacked_to_) Unpack();
+    else if (unpacked_to_ < 0) Unpack();
+    const uint8_t* piece = unpacked_ + at_;
+    const int64_t bytes = (CountBits(word) + 1) / 2;
+    at_ += 2 * bytes;
+    values_ += bytes;
+    ++piece_;
+    return piece;
+  }
+  const uint8_t* values() const { return values_; }
+
+private:
+  static constexpr int64_t kAhead = 16;
+
+  void Unpack() {
+    unpacked_to_ = std::min(piece_ + kAhead, weight_.pieces());
+    int64_t bytes = 0;
+    for (int64_t piece = piece_; piece < unpacked_to_; ++piece)
+      bytes += (CountBits(weight_.mask_word(row_, piece)) + 1) / 2;
+    const __m256i low = _mm256_set1_epi16(0x0f);
+    const __m256i eight = _mm256_set1_epi8(8);
+    for (int64_t i = 0; i < bytes; i += 16) {
+      const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values_ + i)));
+      const __m256i second = _mm256_slli_epi16(_mm256_srli_epi16(pairs, 4), 8);
+      const __m256i both = _mm256_or_si256(_mm256_and_si256(pairs, low), second);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(unpacked_ + 2 * i), _mm256_sub_epi8(both, eight));
+    }
+    at_ = 0;
+  }
+
+  const Weight& weight_;
+  int64_t row_;
+  int64_t piece_;
+  const uint8_t* values_;
+  int64_t unpacked_to_ = -1;
+  int64_t at_ = 0;
+  alignas(32) uint8_t unpacked_[kAhead * kPieceColumns + 64];
+};
+
+struct NoInt4 {
+  NoInt4(const Weight&, int64_t, const uint8_t*, int64_t) {}
+};
+
+struct Avx2 {
+  using Floats = __m256;
+  static constexpr int kFloats = 8;
+  static Floats Zero() { return _mm256_setzero_ps(); }
+  static Floats Fill(float value) { return _mm256_set1_ps(value); }
+  static Floats Load(const float* p) { return _mm256_loadu_ps(p); }
+  static void Store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+  static Floats Plus(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+  static Floats Times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+  static Floats Fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  static float Sum(Floats v) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+  }
+  // Adds the sums of four vectors to four floats beside each other.
+  static void AddSums(Floats a, Floats b, Floats c, Floats d, float* y) {
+    const Floats sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+    _mm_storeu_ps(y, _mm_add_ps(_mm_loadu_ps(y), four));
+  }
+
+  using Bytes = __m256i;
+  static constexpr int kBytes = 32;
+
+  // Sums of products of one vector of weights and Rows vectors of X. The first factor of vpmaddubsw has no sign, so
+  // the weight's sign goes to x; two products of at most 127 * 127 do not saturate its int16.
+  template <int Rows> struct Dots {
+    __m256i sums[Rows] = {};
+    void Add(Bytes w, const int8_t* x, int64_t stride) {
+      const __m256i size = _mm256_abs_epi8(w);
+      for (int i = 0; i < Rows; ++i) {
+        const __m256i columns = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i * stride));
+        const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(columns, w));
+        sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+      }
+    }
+    Floats Sums(int i) const { return _mm256_cvtepi32_ps(sums[i]); }
+  };
+
+  // A tile holds int8 weights as int16: one vpmaddwd then replaces the three steps above.
+  static constexpr int kTileRows = 3;
+  using TileByte = int16_t;
+  static constexpr int kTileBytes = 16;
+  static void StoreTile(TileByte* out, int j, Bytes w) {
+    auto* at = reinterpret_cast<__m256i*>(out + j * kBytes);
+    _mm256_store_si256(at, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(w)));
+    _mm256_store_si256(at + 1, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(w, 1)));
+  }
+  template <int Rows> struct TileDots {
+    __m256i sums[kTileWeights][Rows] = {};
+    void Add(const TileByte* tile, int64_t tile_stride, const int8_t* x, int64_t stride) {
+      __m256i columns[Rows];
+      for (int i = 0; i < Rows; ++i)
+        columns[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i * stride)));
+      for (int r = 0; r < kTileWeights; ++r) {
+        const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile + r * tile_stride));
+        for (int i = 0; i < Rows; ++i)
+          sums[r][i] = _mm256_add_epi32(sums[r][i], _mm256_madd_epi16(w, columns[i]));
+      }
+    }
+    Floats Sums(int r, int i) const { return _mm256_cvtepi32_ps(sums[r][i]); }
+  };
+
+  template <ValueType type> class Cursor : std::conditional_t<type == ValueType::kInt4, UnpackedInt4, NoInt4> {
+    using Int4 = std::conditional_t<type == ValueType::kInt4, UnpackedInt4, NoInt4>;
+    static constexpr int64_t kElement = ElementBytes(type);
+
+  public:
+    Cursor(const Weight& weight, int64_t row, const uint8_t* values, int64_t piece = 0)
+        : Int4(weight, row, values, piece), values_(values) {}
+
+    static int64_t RowBytes(const Weight& weight, int64_t row) {
+      int64_t bytes = 0;
+      for (int64_t piece = 0; piece < weight.pieces(); ++piece) {
+        const int64_t count = CountBits(weight.mask_word(row, piece));
+        bytes += type == ValueType::kInt4 ? (count + 1) / 2 : count * kElement;
+      }
+      return bytes;
+    }
+
+    // Calls use(j, columns 8 j to 8 j + 7 of the piece) for its eight parts.
+    template <class Use> void EachFloats(uint64_t word, Use use) {
+      constexpr ValueType kStored = type == ValueType::kInt4 ? ValueType::kInt8 : type;
+      const uint64_t counts = PrefixCounts(word);
+      const uint64_t starts = counts << 8;
+      const uint8_t* values = Take(word, counts);
+      for (int j = 0; j < 8; ++j)
+        use(j, ExpandFloats<kStored>(values + Byte(starts, j) * kElement, Byte(word, j)));
+    }
+
+    // Calls use(j, columns 32 j to 32 j + 31 of the piece) for its two halves.
+    template <class Use> void EachBytes(uint64_t word, Use use) {
+      const uint64_t counts = PrefixCounts(word);
+      const uint64_t starts = counts << 8;
+      const uint8_t* values = Take(word, counts);
+      for (int j = 0; j < 2; ++j)
+        use(j, _mm256_set_m128i(ExpandBytes(values, word, starts, 4 * j + 2),
+                                ExpandBytes(values, word, starts, 4 * j)));
+    }
+
+    // Where the next piece begins.
+    const uint8_t* values() const {
+      if constexpr (type == ValueType::kInt4) return Int4::values();
+      return values_;
+    }
+
+  private:
+    const uint8_t* Take(uint64_t word, uint64_t counts) {
+      if constexpr (type == ValueType::kInt4) return Int4::Next(word);
+      const uint8_t* values = values_;
+      values_ += static_cast<int64_t>(counts >> 56) * kElement;
+      return values;
+    }
+
+    const uint8_t* values_;
+  };
+};
+
+float Quantize(const float* x, int64_t columns, int64_t stride, int8_t* quantized) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  const int64_t whole = columns / 8 * 8;
+  __m256 largest = _mm256_setzero_ps();
+  __m256 wrong = _mm256_setzero_ps(); // x - x is NaN for what is not finite
+  for (int64_t k = 0; k < whole; k += 8) {
+    const __m256 v = _mm256_loadu_ps(x + k);
+    largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, v));
+    wrong = _mm256_add_ps(wrong, _mm256_sub_ps(v, v));
+  }
+  alignas(32) float lanes[8];
+  _mm256_store_ps(lanes, largest);
+  float most = *std::max_element(lanes, lanes + 8);
+  float not_finite = Avx2::Sum(wrong);
+  for (int64_t k = whole; k < columns; ++k) {
+    most = std::max(most, std::fabs(x[k]));
+    not_finite += x[k] - x[k];
+  }
+  if (std::isnan(not_finite)) {
+    std::fill(quantized, quantized + stride, int8_t{0});
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  float step = most / 127.0f;
+  if (step == 0) step = 1.0f;
+  const __m256 steps = _mm256_set1_ps(step);
+  for (int64_t k = 0; k < whole; k += 8) {
+    const __m256i q = _mm256_cvtps_epi32(_mm256_div_ps(_mm256_loadu_ps(x + k), steps)); // ties to even
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    const __m128i limited = _mm_max_epi16(words, _mm_set1_epi16(-127)); // a step that is subnormal is not exact
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(quantized + k), _mm_packs_epi16(limited, limited));
+  }
+  for (int64_t k = whole; k < columns; ++k) {
+    const float q = std::nearbyint(x[k] / step);
+    quantized[k] = static_cast<int8_t>(std::min(127.0f, std::max(-127.0f, q)));
+  }
+  std::fill(quantized + columns, quantized + stride, int8_t{0});
+  return step;
+}
+
+} // namespace
+
+extern const Kernels kAvx2Kernels = {"avx2", Multiply<Avx2>, Quantize};
+
+} // namespace blockpress
+
+BLOCKPRESS_TARGET_END

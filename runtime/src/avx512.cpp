@@ -1,0 +1,215 @@
+// Kernels for AVX-512 with VBMI2 and VNNI: one instruction puts the values at their columns (vpexpand under the mask
+// bits), and one adds four products of int8 to each int32.
+#if defined(BLOCKPRESS_EMULATED_AVX512)
+#include "emulated_avx512.h" // the same instructions in plain C++, so that any machine can test these kernels
+#else
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "bits.h"
+#include "kernels.h"
+#include "target.h"
+
+#if !defined(BLOCKPRESS_EMULATED_AVX512)
+BLOCKPRESS_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vnni,avx2,fma,f16c,popcnt")
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized" // GCC 12 warns of its own headers: their undefined vectors are meant
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include "loops.h"
+
+namespace blockpress {
+namespace {
+
+struct Avx512 {
+  using Floats = __m512;
+  static constexpr int kFloats = 16;
+  static Floats Zero() { return _mm512_setzero_ps(); }
+  static Floats Fill(float value) { return _mm512_set1_ps(value); }
+  static Floats Load(const float* p) { return _mm512_loadu_ps(p); }
+  static void Store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+  static Floats Plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static Floats Times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static Floats Fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static float Sum(Floats v) { return _mm512_reduce_add_ps(v); }
+  // Adds the sums of four vectors to four floats beside each other.
+  static void AddSums(Floats a, Floats b, Floats c, Floats d, float* y) {
+    y[0] += Sum(a);
+    y[1] += Sum(b);
+    y[2] += Sum(c);
+    y[3] += Sum(d);
+  }
+
+  using Bytes = __m512i;
+  static constexpr int kBytes = 64;
+
+  // vpdpbusd multiplies bytes without a sign by bytes with one: x goes in as x + 128, and 128 times the sum of the
+  // weights comes off at the end.
+  static Bytes LoadWithout(const int8_t* x) {
+    return _mm512_xor_si512(_mm512_loadu_si512(x), _mm512_set1_epi8(static_cast<char>(0x80)));
+  }
+  static Bytes Add128(Bytes sums, Bytes w) {
+    return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(static_cast<char>(0x80)), w);
+  }
+
+  template <int Rows> struct Dots {
+    Bytes sums[Rows];
+    Bytes too_much;
+    Dots() : too_much(_mm512_setzero_si512()) {
+      for (auto& sum : sums) sum = _mm512_setzero_si512();
+    }
+    void Add(Bytes w, const int8_t* x, int64_t stride) {
+      too_much = Add128(too_much, w);
+      for (int i = 0; i < Rows; ++i) sums[i] = _mm512_dpbusd_epi32(sums[i], LoadWithout(x + i * stride), w);
+    }
+    Floats Sums(int i) const { return _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[i], too_much)); }
+  };
+
+  static constexpr int kTileRows = 5; // with four rows of W: 29 of the 32 registers
+  using TileByte = int8_t;
+  static constexpr int kTileBytes = 64;
+  static void StoreTile(TileByte* out, int, Bytes w) { _mm512_storeu_si512(out, w); }
+  template <int Rows> struct TileDots {
+    Bytes sums[kTileWeights][Rows];
+    Bytes too_much[kTileWeights];
+    TileDots() {
+      for (auto& of_row : sums)
+        for (auto& sum : of_row) sum = _mm512_setzero_si512();
+      for (auto& sum : too_much) sum = _mm512_setzero_si512();
+    }
+    void Add(const TileByte* tile, int64_t tile_stride, const int8_t* x, int64_t stride) {
+      Bytes columns[Rows];
+      for (int i = 0; i < Rows; ++i) columns[i] = LoadWithout(x + i * stride);
+      for (int r = 0; r < kTileWeights; ++r) {
+        const Bytes w = _mm512_loadu_si512(tile + r * tile_stride);
+        too_much[r] = Add128(too_much[r], w);
+        for (int i = 0; i < Rows; ++i) sums[r][i] = _mm512_dpbusd_epi32(sums[r][i], columns[i], w);
+      }
+    }
+    Floats Sums(int r, int i) const { return _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][i], too_much[r])); }
+  };
+
+  template <ValueType type> class Cursor {
+    static constexpr int64_t kElement = ElementBytes(type);
+
+  public:
+    Cursor(const Weight&, int64_t, const uint8_t* values, int64_t = 0) : values_(values) {}
+
+    static int64_t RowBytes(const Weight& weight, int64_t row) {
+      int64_t bytes = 0;
+      for (int64_t piece = 0; piece < weight.pieces(); ++piece) bytes += PieceBytes(weight.mask_word(row, piece));
+      return bytes;
+    }
+
+    // Calls use(j, columns 16 j to 16 j + 15 of the piece) for its four parts.
+    template <class Use> void EachFloats(uint64_t word, Use use) {
+      if constexpr (type == ValueType::kFloat32) {
+        const uint64_t starts = PrefixCounts(word) << 8;
+        for (int j = 0; j < 4; ++j) {
+          const uint8_t* part = values_ + (starts >> (16 * j) & 0xff) * kElement;
+          const Floats packed = _mm512_loadu_ps(reinterpret_cast<const float*>(part));
+          use(j, _mm512_maskz_expand_ps(static_cast<__mmask16>(word >> (16 * j)), packed));
+        }
+      } else if constexpr (type == ValueType::kFloat16 || type == ValueType::kBfloat16) {
+        const int64_t low = CountBits(word & 0xffffffffu);
+        for (int half = 0; half < 2; ++half) {
+          const Bytes packed = _mm512_loadu_si512(values_ + (half == 0 ? 0 : low * kElement));
+          const Bytes halves = _mm512_maskz_expand_epi16(static_cast<__mmask32>(word >> (32 * half)), packed);
+          use(2 * half, FromHalves(_mm512_castsi512_si256(halves)));
+          use(2 * half + 1, FromHalves(_mm512_extracti64x4_epi64(halves, 1)));
+        }
+      } else {
+        const Bytes w = Expand(word);
+        use(0, FromBytes(_mm512_castsi512_si128(w)));
+        use(1, FromBytes(_mm512_extracti32x4_epi32(w, 1)));
+        use(2, FromBytes(_mm512_extracti32x4_epi32(w, 2)));
+        use(3, FromBytes(_mm512_extracti32x4_epi32(w, 3)));
+      }
+      values_ += PieceBytes(word);
+    }
+
+    // Calls use(0, the 64 columns of the piece).
+    template <class Use> void EachBytes(uint64_t word, Use use) {
+      use(0, Expand(word));
+      values_ += PieceBytes(word);
+    }
+
+    // Where the next piece begins.
+    const uint8_t* values() const { return values_; }
+
+  private:
+    static int64_t PieceBytes(uint64_t word) {
+      const int64_t count = CountBits(word);
+      return type == ValueType::kInt4 ? (count + 1) / 2 : count * kElement;
+    }
+    static Floats FromBytes(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
+    static Floats FromHalves(__m256i halves) {
+      if constexpr (type == ValueType::kFloat16) return _mm512_cvtph_ps(halves);
+      else return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    Bytes Expand(uint64_t word) const {
+      Bytes packed;
+      if constexpr (type == ValueType::kInt4) {
+        const Bytes pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values_)));
+        const Bytes both = _mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4));
+        packed = _mm512_sub_epi8(_mm512_and_si512(both, _mm512_set1_epi8(0x0f)), _mm512_set1_epi8(8));
+      } else {
+        packed = _mm512_loadu_si512(values_);
+      }
+      return _mm512_maskz_expand_epi8(word, packed);
+    }
+
+    const uint8_t* values_;
+  };
+};
+
+float Quantize(const float* x, int64_t columns, int64_t stride, int8_t* quantized) {
+  const int64_t whole = columns / 16 * 16;
+  __m512 largest = _mm512_setzero_ps();
+  __m512 wrong = _mm512_setzero_ps(); // x - x is NaN for what is not finite
+  for (int64_t k = 0; k < whole; k += 16) {
+    const __m512 v = _mm512_loadu_ps(x + k);
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(v));
+    wrong = _mm512_add_ps(wrong, _mm512_sub_ps(v, v));
+  }
+  float most = _mm512_reduce_max_ps(largest);
+  float not_finite = _mm512_reduce_add_ps(wrong);
+  for (int64_t k = whole; k < columns; ++k) {
+    most = std::max(most, std::fabs(x[k]));
+    not_finite += x[k] - x[k];
+  }
+  if (std::isnan(not_finite)) {
+    std::fill(quantized, quantized + stride, int8_t{0});
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  float step = most / 127.0f;
+  if (step == 0) step = 1.0f;
+  for (int64_t k = 0; k < whole; k += 16) {
+    const __m512i q = _mm512_cvtps_epi32(_mm512_div_ps(_mm512_loadu_ps(x + k), _mm512_set1_ps(step))); // ties to even
+    const __m512i limit = _mm512_set1_epi32(127); // a step that is subnormal is not exact
+    const __m512i limited = _mm512_max_epi32(_mm512_min_epi32(q, limit), _mm512_set1_epi32(-127));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(quantized + k), _mm512_cvtepi32_epi8(limited));
+  }
+  for (int64_t k = whole; k < columns; ++k) {
+    const float q = std::nearbyint(x[k] / step);
+    quantized[k] = static_cast<int8_t>(std::min(127.0f, std::max(-127.0f, q)));
+  }
+  std::fill(quantized + columns, quantized + stride, int8_t{0});
+  return step;
+}
+
+} // namespace
+
+extern const Kernels kAvx512Kernels = {"avx512", Multiply<Avx512>, Quantize};
+
+} // namespace blockpress
+
+#if !defined(BLOCKPRESS_EMULATED_AVX512)
+BLOCKPRESS_TARGET_END
+#endif

@@ -1,0 +1,35 @@
+// Counting and placing the bits of a mask word.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+namespace blockpress {
+
+// Byte i of the result is the number of set bits in bytes 0 to i of the word; the last byte is the number of all.
+constexpr uint64_t PrefixCounts(uint64_t word) {
+  word -= (word >> 1) & 0x5555555555555555u;
+  word = (word & 0x3333333333333333u) + ((word >> 2) & 0x3333333333333333u);
+  word = (word + (word >> 4)) & 0x0f0f0f0f0f0f0f0fu;
+  return word * 0x0101010101010101u;
+}
+
+constexpr int64_t CountBits(uint64_t word) { return static_cast<int64_t>(PrefixCounts(word) >> 56); }
+
+// For each byte of a mask and each of its eight bits: `width` indices of the bytes of the value that the bit stands
+// for, counted from `base`, or 0x80 (the index for which pshufb gives zero) where the bit is not set.
+template <int width> constexpr std::array<std::array<uint8_t, 8 * width>, 256> ExpandIndices(int base) {
+  std::array<std::array<uint8_t, 8 * width>, 256> table{};
+  for (int bits = 0; bits < 256; ++bits) {
+    int used = base;
+    for (int k = 0; k < 8; ++k) {
+      const bool set = (bits >> k & 1) != 0;
+      for (int byte = 0; byte < width; ++byte)
+        table[bits][k * width + byte] = static_cast<uint8_t>(set ? used + byte : 0x80);
+      used += set ? width : 0;
+    }
+  }
+  return table;
+}
+
+} // namespace blockpress

@@ -1,0 +1,260 @@
+// Y = X Wᵀ over strips of packed rows, written once for every vector instruction set.
+//
+// An instruction set `Isa` gives (see avx2.cpp, avx512.cpp):
+//   Floats, kFloats        a vector of float32 and how many it holds; Zero(), Load(p), Fma(a, b, c) = a b + c, Sum(v)
+//   Bytes, kBytes          a vector of int8 and how many it holds; LoadBytes(p)
+//   Dots<Rows, Columns>    exact int32 sums of products of int8: Add(r, w) ... see there
+//   Cursor<type>           walks the values of one row, one piece of 64 columns at a time
+//   kTileRows              rows of X that one step of the many-row product takes
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "weight.h"
+
+namespace blockpress {
+
+// Up to this many rows of X each weight is expanded in registers for every one of them; beyond, a tile of weights is
+// expanded once into the cache.
+constexpr int64_t kFewRows = 4;
+constexpr int64_t kTileColumns = 512;
+constexpr int64_t kTileWeights = 4; // rows of W that one step of the many-row product takes
+// int32 lanes hold the sums of at least this many columns of products of int8 for any vector width.
+constexpr int64_t kExactColumns = 65536;
+
+// Calls body(scale of the group, first piece, last piece) for each group of a row, none longer than `limit` columns.
+template <class Body>
+inline void EachGroup(const Weight& weight, const float* scales, int64_t first_column, int64_t last_column,
+                      int64_t limit, Body body) {
+  int64_t column = first_column;
+  while (column < last_column) {
+    const int64_t group = column / weight.group_size;
+    const int64_t end = std::min({(group + 1) * weight.group_size, column + limit, last_column});
+    body(scales[group], column / kPieceColumns, (end + kPieceColumns - 1) / kPieceColumns);
+    column = end;
+  }
+}
+
+// One row of W times Rows rows of X as float32: y[i * stride_y] for each.
+template <class Isa, ValueType type, int Rows>
+inline const uint8_t* RowTimesFloats(const Weight& weight, int64_t row, const uint8_t* values, const float* x,
+                                     int64_t stride, float* y, int64_t stride_y) {
+  using Floats = typename Isa::Floats;
+  constexpr int kSums = Rows == 1 ? 4 : Rows == 2 ? 2 : 1; // enough independent sums to hide the latency of Fma
+  typename Isa::template Cursor<type> cursor(weight, row, values);
+  Floats total[Rows];
+  for (int i = 0; i < Rows; ++i) total[i] = Isa::Zero();
+  EachGroup(weight, weight.row_scales(row), 0, weight.columns, weight.columns,
+            [&](float scale, int64_t first, int64_t last) {
+              Floats sums[Rows][kSums];
+              for (auto& of_row : sums)
+                for (auto& sum : of_row) sum = Isa::Zero();
+              for (int64_t piece = first; piece < last; ++piece) {
+                const float* columns = x + piece * kPieceColumns;
+                cursor.EachFloats(weight.mask_word(row, piece), [&](int j, Floats w) {
+                  for (int i = 0; i < Rows; ++i)
+                    sums[i][j % kSums] =
+                        Isa::Fma(w, Isa::Load(columns + i * stride + j * Isa::kFloats), sums[i][j % kSums]);
+                });
+              }
+              for (int i = 0; i < Rows; ++i) {
+                Floats sum = sums[i][0];
+                for (int k = 1; k < kSums; ++k) sum = Isa::Plus(sum, sums[i][k]);
+                total[i] = Isa::Fma(sum, Isa::Fill(scale), total[i]);
+              }
+            });
+  for (int i = 0; i < Rows; ++i) y[i * stride_y] = Isa::Sum(total[i]) + weight.row_bias(row);
+  return cursor.values();
+}
+
+// One row of W times Rows rows of X as int8.
+template <class Isa, ValueType type, int Rows>
+inline const uint8_t* RowTimesBytes(const Weight& weight, int64_t row, const uint8_t* values, const int8_t* x,
+                                    int64_t stride, const float* x_scales, float* y, int64_t stride_y) {
+  using Floats = typename Isa::Floats;
+  typename Isa::template Cursor<type> cursor(weight, row, values);
+  Floats total[Rows];
+  for (int i = 0; i < Rows; ++i) total[i] = Isa::Zero();
+  EachGroup(weight, weight.row_scales(row), 0, weight.columns, kExactColumns,
+            [&](float scale, int64_t first, int64_t last) {
+              typename Isa::template Dots<Rows> dots;
+              for (int64_t piece = first; piece < last; ++piece) {
+                const int8_t* columns = x + piece * kPieceColumns;
+                cursor.EachBytes(weight.mask_word(row, piece), [&](int j, typename Isa::Bytes w) {
+                  dots.Add(w, columns + j * Isa::kBytes, stride);
+                });
+              }
+              for (int i = 0; i < Rows; ++i) total[i] = Isa::Fma(dots.Sums(i), Isa::Fill(scale), total[i]);
+            });
+  for (int i = 0; i < Rows; ++i) y[i * stride_y] = Isa::Sum(total[i]) * x_scales[i] + weight.row_bias(row);
+  return cursor.values();
+}
+
+template <class Isa, ValueType type, int Rows>
+inline const uint8_t* RowTimesFew(const Weight& weight, const Activations& x, int64_t row, const uint8_t* values,
+                                  float* y) {
+  if constexpr (type == ValueType::kInt8 || type == ValueType::kInt4) {
+    if (x.quantized != nullptr)
+      return RowTimesBytes<Isa, type, Rows>(weight, row, values, x.quantized, x.stride, x.scales, y + row,
+                                            weight.rows);
+  }
+  return RowTimesFloats<Isa, type, Rows>(weight, row, values, x.x, x.stride, y + row, weight.rows);
+}
+
+template <class Isa, ValueType type>
+void MultiplyFew(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row, float* y) {
+  const uint8_t* values = weight.strip_values(first_row / kStripRows);
+  for (int64_t row = first_row; row < last_row; ++row) {
+    switch (x.rows) {
+    case 1: values = RowTimesFew<Isa, type, 1>(weight, x, row, values, y); break;
+    case 2: values = RowTimesFew<Isa, type, 2>(weight, x, row, values, y); break;
+    case 3: values = RowTimesFew<Isa, type, 3>(weight, x, row, values, y); break;
+    default: values = RowTimesFew<Isa, type, 4>(weight, x, row, values, y); break;
+    }
+  }
+}
+
+// The many-row product of one strip works on tiles: kStripRows rows of W, expanded over up to kTileColumns columns.
+// `tile` holds float32 times the scales, so that the products need none.
+template <class Isa, int Rows>
+inline void TileTimesFloats(const float* tile, int64_t columns, const float* x, int64_t stride, float* y,
+                            int64_t stride_y) {
+  using Floats = typename Isa::Floats;
+  Floats sums[kTileWeights][Rows];
+  for (auto& of_row : sums)
+    for (auto& sum : of_row) sum = Isa::Zero();
+  for (int64_t k = 0; k < columns; k += Isa::kFloats) {
+    Floats xs[Rows];
+    for (int i = 0; i < Rows; ++i) xs[i] = Isa::Load(x + i * stride + k);
+    for (int r = 0; r < kTileWeights; ++r) {
+      const Floats w = Isa::Load(tile + r * kTileColumns + k);
+      for (int i = 0; i < Rows; ++i) sums[r][i] = Isa::Fma(w, xs[i], sums[r][i]);
+    }
+  }
+  for (int i = 0; i < Rows; ++i) Isa::AddSums(sums[0][i], sums[1][i], sums[2][i], sums[3][i], y + i * stride_y);
+}
+
+// The same over int8; `scales` are those of the tile's rows in this group.
+template <class Isa, int Rows>
+inline void TileTimesBytes(const typename Isa::TileByte* tile, const float* scales, int64_t columns, const int8_t* x,
+                           int64_t stride, float* y, int64_t stride_y) {
+  typename Isa::template TileDots<Rows> dots;
+  for (int64_t k = 0; k < columns; k += Isa::kTileBytes) dots.Add(tile + k, kTileColumns, x + k, stride);
+  const auto scale = [&](int r, int i) { return Isa::Fma(dots.Sums(r, i), Isa::Fill(scales[r]), Isa::Zero()); };
+  for (int i = 0; i < Rows; ++i)
+    Isa::AddSums(scale(0, i), scale(1, i), scale(2, i), scale(3, i), y + i * stride_y);
+}
+
+// Calls body(constant number of rows, first row) until all rows are done, Isa::kTileRows at a time.
+template <class Isa, class Body> inline void EachTileRows(int64_t rows, Body body) {
+  int64_t row = 0;
+  for (; row + Isa::kTileRows <= rows; row += Isa::kTileRows)
+    body(std::integral_constant<int, Isa::kTileRows>(), row);
+  for (; row < rows; ++row) body(std::integral_constant<int, 1>(), row);
+}
+
+template <class Isa, ValueType type, bool quantized>
+void MultiplyStrip(const Weight& weight, const Activations& x, int64_t first_row, int64_t rows, float* y) {
+  using Element = std::conditional_t<quantized, typename Isa::TileByte, float>;
+  using Cursor = typename Isa::template Cursor<type>;
+  alignas(64) static thread_local Element tile[kStripRows * kTileColumns];
+  alignas(64) static thread_local float sums[kStripRows]; // one row of X, the rows of W beside each other
+  const uint8_t* starts[kStripRows];
+  const uint8_t* values = weight.strip_values(first_row / kStripRows);
+  for (int64_t r = 0; r < rows; ++r) {
+    starts[r] = values;
+    values += Cursor::RowBytes(weight, first_row + r);
+  }
+  std::fill(tile, tile + kStripRows * kTileColumns, Element{0}); // rows of W beyond the last stay zero
+  for (int64_t m = 0; m < x.rows; ++m) std::fill_n(y + m * weight.rows + first_row, rows, 0.0f);
+
+  for (int64_t first = 0; first < weight.columns; first += kTileColumns) {
+    const int64_t last = std::min(first + kTileColumns, weight.columns);
+    for (int64_t r = 0; r < rows; ++r) {
+      Cursor cursor(weight, first_row + r, starts[r], first / kPieceColumns);
+      Element* out = tile + r * kTileColumns;
+      EachGroup(weight, weight.row_scales(first_row + r), first, last, kTileColumns,
+                [&](float scale, int64_t first_piece, int64_t last_piece) {
+                  for (int64_t piece = first_piece; piece < last_piece; ++piece, out += kPieceColumns) {
+                    const uint64_t word = weight.mask_word(first_row + r, piece);
+                    if constexpr (quantized) {
+                      cursor.EachBytes(word, [&](int j, typename Isa::Bytes w) { Isa::StoreTile(out, j, w); });
+                    } else {
+                      cursor.EachFloats(word, [&](int j, typename Isa::Floats w) {
+                        Isa::Store(out + j * Isa::kFloats, Isa::Times(w, Isa::Fill(scale)));
+                      });
+                    }
+                  }
+                });
+      starts[r] = cursor.values();
+    }
+    const int64_t columns = (last - first + kPieceColumns - 1) / kPieceColumns * kPieceColumns;
+    EachTileRows<Isa>(x.rows, [&](auto count, int64_t m) {
+      constexpr int kCount = decltype(count)::value;
+      alignas(64) float part[kCount][kStripRows] = {};
+      for (int64_t r = 0; r < rows; r += kTileWeights) {
+        if constexpr (quantized) {
+          for (int64_t k = 0; k < columns;) {
+            const int64_t group = (first + k) / weight.group_size;
+            const int64_t end = std::min((group + 1) * weight.group_size - first, columns);
+            float scales[kTileWeights];
+            for (int64_t i = 0; i < kTileWeights; ++i)
+              scales[i] = r + i < rows ? weight.row_scales(first_row + r + i)[group] : 0.0f;
+            TileTimesBytes<Isa, kCount>(tile + r * kTileColumns + k, scales, end - k,
+                                        x.quantized + m * x.stride + first + k, x.stride, &part[0][r], kStripRows);
+            k = end;
+          }
+        } else {
+          TileTimesFloats<Isa, kCount>(tile + r * kTileColumns, columns, x.x + m * x.stride + first, x.stride,
+                                       &part[0][r], kStripRows);
+        }
+      }
+      for (int i = 0; i < kCount; ++i)
+        for (int64_t r = 0; r < rows; ++r) y[(m + i) * weight.rows + first_row + r] += part[i][r];
+    });
+  }
+  for (int64_t m = 0; m < x.rows; ++m)
+    for (int64_t r = 0; r < rows; ++r) {
+      float& out = y[m * weight.rows + first_row + r];
+      out = (quantized ? out * x.scales[m] : out) + weight.row_bias(first_row + r);
+    }
+  (void)sums;
+}
+
+template <class Isa, ValueType type>
+void MultiplyMany(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row, float* y) {
+  for (int64_t row = first_row; row < last_row; row += kStripRows) {
+    const int64_t rows = std::min(kStripRows, last_row - row);
+    if constexpr (type == ValueType::kInt8 || type == ValueType::kInt4) {
+      if (x.quantized != nullptr) {
+        MultiplyStrip<Isa, type, true>(weight, x, row, rows, y);
+        continue;
+      }
+    }
+    MultiplyStrip<Isa, type, false>(weight, x, row, rows, y);
+  }
+}
+
+template <class Isa, ValueType type>
+inline void MultiplyRows(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row, float* y) {
+  if (x.rows <= kFewRows) MultiplyFew<Isa, type>(weight, x, first_row, last_row, y);
+  else MultiplyMany<Isa, type>(weight, x, first_row, last_row, y);
+}
+
+// What Kernels::multiply is, for one instruction set.
+template <class Isa>
+void Multiply(const Weight& weight, const Activations& x, int64_t first_strip, int64_t last_strip, float* y) {
+  if (x.rows == 0) return;
+  const int64_t first = first_strip * kStripRows;
+  const int64_t last = std::min(last_strip * kStripRows, weight.rows);
+  switch (weight.type) {
+  case ValueType::kFloat32: return MultiplyRows<Isa, ValueType::kFloat32>(weight, x, first, last, y);
+  case ValueType::kFloat16: return MultiplyRows<Isa, ValueType::kFloat16>(weight, x, first, last, y);
+  case ValueType::kBfloat16: return MultiplyRows<Isa, ValueType::kBfloat16>(weight, x, first, last, y);
+  case ValueType::kInt8: return MultiplyRows<Isa, ValueType::kInt8>(weight, x, first, last, y);
+  case ValueType::kInt4: return MultiplyRows<Isa, ValueType::kInt4>(weight, x, first, last, y);
+  }
+}
+
+} // namespace blockpress

@@ -1,0 +1,16 @@
+// Compiles all that follows for one x86 instruction set, however the rest is compiled. Include it after every other
+// header, so that no function that other files share is compiled for a machine that may not be the one it runs on.
+#pragma once
+
+#define BLOCKPRESS_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define BLOCKPRESS_TARGET(features)                                                                                   \
+  BLOCKPRESS_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define BLOCKPRESS_TARGET_END BLOCKPRESS_PRAGMA(clang attribute pop)
+#elif defined(__GNUC__)
+#define BLOCKPRESS_TARGET(features) BLOCKPRESS_PRAGMA(GCC target(features))
+#define BLOCKPRESS_TARGET_END
+#else
+#define BLOCKPRESS_TARGET(features)
+#define BLOCKPRESS_TARGET_END
+#endif
