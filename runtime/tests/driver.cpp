@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <string>
@@ -221,7 +222,7 @@ void FillRow(Random& random, bool finite, int64_t columns, float* x) {
     x[k] = kind == 0 ? 0.0f
          : kind == 1 ? static_cast<float>(Between(random, -254, 254)) * 0.5f // ties, the step is 1 where 127 comes
          : kind == 2 ? Normal(random) * 1e-42f
-         : kind == 3 ? Normal(random) * 1e36f
+         : kind == 3 ? Normal(random) * 1e30f
                      : Normal(random);
   }
   if (kind == 1) x[0] = 127;
@@ -359,6 +360,9 @@ bool RunDamaged(Random& random, const Kernels& kernels, Packed packed) {
 }
 
 const Kernels* Named(const char* name) {
+#if defined(BLOCKPRESS_X86) && defined(BLOCKPRESS_EMULATED_AVX512)
+  if (std::strcmp(name, kAvx512Kernels.name) == 0) return &kAvx512Kernels;
+#endif
 #if defined(_WIN32)
   _putenv_s("BLOCKPRESS_RUNTIME_ISA", name);
 #else
