@@ -28,7 +28,7 @@ inline __m128i Load8And8(const void* low, const void* high) {
   return _mm_castpd_si128(_mm_loadh_pd(first, static_cast<const double*>(high)));
 }
 
-inline uint32_t Byte(uint64_t word, int i) { return static_cast<uint32_t>(word >> (8 * i)) & 0xffu; }
+inline int64_t Count(uint32_t bits) { return _mm_popcnt_u32(bits); }
 
 inline __m256 Float8(__m128i int8) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(int8)); }
 
@@ -50,41 +50,41 @@ template <ValueType type> inline __m256 ExpandFloats(const uint8_t* p, uint32_t 
   }
 }
 
-// Sixteen columns of int8: two bytes of the mask, and where the values of each begin.
-inline __m128i ExpandBytes(const uint8_t* p, uint64_t word, uint64_t starts, int byte) {
-  const __m128i values = Load8And8(p + Byte(starts, byte), p + Byte(starts, byte + 1));
-  const __m128i indices =
-      Load8And8(kBytesLow[Byte(word, byte)].data(), kBytesHigh[Byte(word, byte + 1)].data());
-  return _mm_shuffle_epi8(values, indices);
+// Sixteen columns of int8: two bytes of the mask, whose first value lies at p, which moves on.
+inline __m128i ExpandBytes(const uint8_t*& p, const uint8_t* bits) {
+  const uint32_t low = bits[0], high = bits[1];
+  const uint8_t* second = p + Count(low);
+  const __m128i values = Load8And8(p, second);
+  p = second + Count(high);
+  return _mm_shuffle_epi8(values, Load8And8(kBytesLow[low].data(), kBytesHigh[high].data()));
 }
 
 // int4 values are first unpacked to int8, several pieces ahead, and then go the way of int8.
 class UnpackedInt4 {
 public:
-  UnpackedInt4(const Weight& weight, int64_t row, const uint8_t* values, int64_t piece)
-      : weight_(weight), row_(row), piece_(piece), values_(values) {}
+  UnpackedInt4(const MaskRow& mask, int64_t pieces, const uint8_t* values, int64_t piece)
+      : mask_(mask), pieces_(pieces), piece_(piece), unpacked_to_(piece), values_(values) {}
 
-  // The int8 values of the next piece, which has `word` as its mask.
-  const uint8_t* Next(uint64_t word) {
+  // The int8 values of the next piece.
+  const uint8_t* Next() {
     if (piece_ == unpacked_to_) Unpack();
-    else if (unpacked_to_ < 0) Unpack();
     const uint8_t* piece = unpacked_ + at_;
-    const int64_t bytes = (CountBits(word) + 1) / 2;
+    const int64_t bytes = PieceBytes(MaskWord(mask_.piece(piece_)));
     at_ += 2 * bytes;
     values_ += bytes;
     ++piece_;
     return piece;
   }
   const uint8_t* values() const { return values_; }
+  static int64_t PieceBytes(uint64_t word) { return (static_cast<int64_t>(_mm_popcnt_u64(word)) + 1) / 2; }
 
 private:
   static constexpr int64_t kAhead = 16;
 
   void Unpack() {
-    unpacked_to_ = std::min(piece_ + kAhead, weight_.pieces());
+    unpacked_to_ = std::min(piece_ + kAhead, pieces_);
     int64_t bytes = 0;
-    for (int64_t piece = piece_; piece < unpacked_to_; ++piece)
-      bytes += (CountBits(weight_.mask_word(row_, piece)) + 1) / 2;
+    for (int64_t i = piece_; i < unpacked_to_; ++i) bytes += PieceBytes(MaskWord(mask_.piece(i)));
     const __m256i low = _mm256_set1_epi16(0x0f);
     const __m256i eight = _mm256_set1_epi8(8);
     for (int64_t i = 0; i < bytes; i += 16) {
@@ -96,17 +96,17 @@ private:
     at_ = 0;
   }
 
-  const Weight& weight_;
-  int64_t row_;
+  const MaskRow& mask_;
+  int64_t pieces_;
   int64_t piece_;
+  int64_t unpacked_to_;
   const uint8_t* values_;
-  int64_t unpacked_to_ = -1;
   int64_t at_ = 0;
   alignas(32) uint8_t unpacked_[kAhead * kPieceColumns + 64];
 };
 
 struct NoInt4 {
-  NoInt4(const Weight&, int64_t, const uint8_t*, int64_t) {}
+  NoInt4(const MaskRow&, int64_t, const uint8_t*, int64_t) {}
 };
 
 struct Avx2 {
@@ -178,36 +178,39 @@ struct Avx2 {
     static constexpr int64_t kElement = ElementBytes(type);
 
   public:
-    Cursor(const Weight& weight, int64_t row, const uint8_t* values, int64_t piece = 0)
-        : Int4(weight, row, values, piece), values_(values) {}
+    Cursor(const MaskRow& mask, int64_t pieces, const uint8_t* values, int64_t piece = 0)
+        : Int4(mask, pieces, values, piece), values_(values) {}
 
-    static int64_t RowBytes(const Weight& weight, int64_t row) {
+    static int64_t RowBytes(const MaskRow& mask, int64_t pieces) {
       int64_t bytes = 0;
-      for (int64_t piece = 0; piece < weight.pieces(); ++piece) {
-        const int64_t count = CountBits(weight.mask_word(row, piece));
-        bytes += type == ValueType::kInt4 ? (count + 1) / 2 : count * kElement;
+      for (int64_t i = 0; i < pieces; ++i) {
+        const uint64_t word = MaskWord(mask.piece(i));
+        bytes += type == ValueType::kInt4 ? UnpackedInt4::PieceBytes(word)
+                                          : static_cast<int64_t>(_mm_popcnt_u64(word)) * kElement;
       }
       return bytes;
     }
 
     // Calls use(j, columns 8 j to 8 j + 7 of the piece) for its eight parts.
-    template <class Use> void EachFloats(uint64_t word, Use use) {
+    template <class Use> void EachFloats(const uint8_t* bits, Use use) {
       constexpr ValueType kStored = type == ValueType::kInt4 ? ValueType::kInt8 : type;
-      const uint64_t counts = PrefixCounts(word);
-      const uint64_t starts = counts << 8;
-      const uint8_t* values = Take(word, counts);
-      for (int j = 0; j < 8; ++j)
-        use(j, ExpandFloats<kStored>(values + Byte(starts, j) * kElement, Byte(word, j)));
+      const uint8_t* values = Begin();
+      for (int j = 0; j < 8; ++j) {
+        use(j, ExpandFloats<kStored>(values, bits[j]));
+        values += Count(bits[j]) * kElement;
+      }
+      End(values);
     }
 
     // Calls use(j, columns 32 j to 32 j + 31 of the piece) for its two halves.
-    template <class Use> void EachBytes(uint64_t word, Use use) {
-      const uint64_t counts = PrefixCounts(word);
-      const uint64_t starts = counts << 8;
-      const uint8_t* values = Take(word, counts);
-      for (int j = 0; j < 2; ++j)
-        use(j, _mm256_set_m128i(ExpandBytes(values, word, starts, 4 * j + 2),
-                                ExpandBytes(values, word, starts, 4 * j)));
+    template <class Use> void EachBytes(const uint8_t* bits, Use use) {
+      const uint8_t* values = Begin();
+      for (int j = 0; j < 2; ++j) {
+        const __m128i low = ExpandBytes(values, bits + 4 * j);
+        const __m128i high = ExpandBytes(values, bits + 4 * j + 2);
+        use(j, _mm256_set_m128i(high, low));
+      }
+      End(values);
     }
 
     // Where the next piece begins.
@@ -217,11 +220,12 @@ struct Avx2 {
     }
 
   private:
-    const uint8_t* Take(uint64_t word, uint64_t counts) {
-      if constexpr (type == ValueType::kInt4) return Int4::Next(word);
-      const uint8_t* values = values_;
-      values_ += static_cast<int64_t>(counts >> 56) * kElement;
-      return values;
+    const uint8_t* Begin() {
+      if constexpr (type == ValueType::kInt4) return Int4::Next();
+      else return values_;
+    }
+    void End(const uint8_t* values) {
+      if constexpr (type != ValueType::kInt4) values_ = values;
     }
 
     const uint8_t* values_;

@@ -99,16 +99,17 @@ struct Avx512 {
     static constexpr int64_t kElement = ElementBytes(type);
 
   public:
-    Cursor(const Weight&, int64_t, const uint8_t* values, int64_t = 0) : values_(values) {}
+    Cursor(const MaskRow&, int64_t, const uint8_t* values, int64_t = 0) : values_(values) {}
 
-    static int64_t RowBytes(const Weight& weight, int64_t row) {
+    static int64_t RowBytes(const MaskRow& mask, int64_t pieces) {
       int64_t bytes = 0;
-      for (int64_t piece = 0; piece < weight.pieces(); ++piece) bytes += PieceBytes(weight.mask_word(row, piece));
+      for (int64_t i = 0; i < pieces; ++i) bytes += PieceBytes(MaskWord(mask.piece(i)));
       return bytes;
     }
 
     // Calls use(j, columns 16 j to 16 j + 15 of the piece) for its four parts.
-    template <class Use> void EachFloats(uint64_t word, Use use) {
+    template <class Use> void EachFloats(const uint8_t* bits, Use use) {
+      const uint64_t word = MaskWord(bits);
       if constexpr (type == ValueType::kFloat32) {
         const uint64_t starts = PrefixCounts(word) << 8;
         for (int j = 0; j < 4; ++j) {
@@ -135,7 +136,8 @@ struct Avx512 {
     }
 
     // Calls use(0, the 64 columns of the piece).
-    template <class Use> void EachBytes(uint64_t word, Use use) {
+    template <class Use> void EachBytes(const uint8_t* bits, Use use) {
+      const uint64_t word = MaskWord(bits);
       use(0, Expand(word));
       values_ += PieceBytes(word);
     }

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstring>
 
 namespace blockpress {
 
@@ -12,6 +13,13 @@ constexpr uint64_t PrefixCounts(uint64_t word) {
   word = (word & 0x3333333333333333u) + ((word >> 2) & 0x3333333333333333u);
   word = (word + (word >> 4)) & 0x0f0f0f0f0f0f0f0fu;
   return word * 0x0101010101010101u;
+}
+
+// The bits of eight mask bytes.
+inline uint64_t MaskWord(const uint8_t* bytes) {
+  uint64_t word;
+  std::memcpy(&word, bytes, 8);
+  return word;
 }
 
 constexpr int64_t CountBits(uint64_t word) { return static_cast<int64_t>(PrefixCounts(word) >> 56); }

@@ -3,8 +3,8 @@
 // An instruction set `Isa` gives (see avx2.cpp, avx512.cpp):
 //   Floats, kFloats        a vector of float32 and how many it holds; Zero(), Load(p), Fma(a, b, c) = a b + c, Sum(v)
 //   Bytes, kBytes          a vector of int8 and how many it holds; LoadBytes(p)
-//   Dots<Rows, Columns>    exact int32 sums of products of int8: Add(r, w) ... see there
-//   Cursor<type>           walks the values of one row, one piece of 64 columns at a time
+//   Dots<Rows, Columns>    exact int32 sums of products of int8: see there
+//   Cursor<type>           walks the values of one row, one piece of 64 columns (eight bytes of its mask) at a time
 //   kTileRows              rows of X that one step of the many-row product takes
 #pragma once
 
@@ -42,7 +42,8 @@ inline const uint8_t* RowTimesFloats(const Weight& weight, int64_t row, const ui
                                      int64_t stride, float* y, int64_t stride_y) {
   using Floats = typename Isa::Floats;
   constexpr int kSums = Rows == 1 ? 4 : Rows == 2 ? 2 : 1; // enough independent sums to hide the latency of Fma
-  typename Isa::template Cursor<type> cursor(weight, row, values);
+  const MaskRow mask(weight, row);
+  typename Isa::template Cursor<type> cursor(mask, weight.pieces(), values);
   Floats total[Rows];
   for (int i = 0; i < Rows; ++i) total[i] = Isa::Zero();
   EachGroup(weight, weight.row_scales(row), 0, weight.columns, weight.columns,
@@ -52,7 +53,7 @@ inline const uint8_t* RowTimesFloats(const Weight& weight, int64_t row, const ui
                 for (auto& sum : of_row) sum = Isa::Zero();
               for (int64_t piece = first; piece < last; ++piece) {
                 const float* columns = x + piece * kPieceColumns;
-                cursor.EachFloats(weight.mask_word(row, piece), [&](int j, Floats w) {
+                cursor.EachFloats(mask.piece(piece), [&](int j, Floats w) {
                   for (int i = 0; i < Rows; ++i)
                     sums[i][j % kSums] =
                         Isa::Fma(w, Isa::Load(columns + i * stride + j * Isa::kFloats), sums[i][j % kSums]);
@@ -73,7 +74,8 @@ template <class Isa, ValueType type, int Rows>
 inline const uint8_t* RowTimesBytes(const Weight& weight, int64_t row, const uint8_t* values, const int8_t* x,
                                     int64_t stride, const float* x_scales, float* y, int64_t stride_y) {
   using Floats = typename Isa::Floats;
-  typename Isa::template Cursor<type> cursor(weight, row, values);
+  const MaskRow mask(weight, row);
+  typename Isa::template Cursor<type> cursor(mask, weight.pieces(), values);
   Floats total[Rows];
   for (int i = 0; i < Rows; ++i) total[i] = Isa::Zero();
   EachGroup(weight, weight.row_scales(row), 0, weight.columns, kExactColumns,
@@ -81,7 +83,7 @@ inline const uint8_t* RowTimesBytes(const Weight& weight, int64_t row, const uin
               typename Isa::template Dots<Rows> dots;
               for (int64_t piece = first; piece < last; ++piece) {
                 const int8_t* columns = x + piece * kPieceColumns;
-                cursor.EachBytes(weight.mask_word(row, piece), [&](int j, typename Isa::Bytes w) {
+                cursor.EachBytes(mask.piece(piece), [&](int j, typename Isa::Bytes w) {
                   dots.Add(w, columns + j * Isa::kBytes, stride);
                 });
               }
@@ -159,12 +161,11 @@ void MultiplyStrip(const Weight& weight, const Activations& x, int64_t first_row
   using Element = std::conditional_t<quantized, typename Isa::TileByte, float>;
   using Cursor = typename Isa::template Cursor<type>;
   alignas(64) static thread_local Element tile[kStripRows * kTileColumns];
-  alignas(64) static thread_local float sums[kStripRows]; // one row of X, the rows of W beside each other
   const uint8_t* starts[kStripRows];
   const uint8_t* values = weight.strip_values(first_row / kStripRows);
   for (int64_t r = 0; r < rows; ++r) {
     starts[r] = values;
-    values += Cursor::RowBytes(weight, first_row + r);
+    values += Cursor::RowBytes(MaskRow(weight, first_row + r), weight.pieces());
   }
   std::fill(tile, tile + kStripRows * kTileColumns, Element{0}); // rows of W beyond the last stay zero
   for (int64_t m = 0; m < x.rows; ++m) std::fill_n(y + m * weight.rows + first_row, rows, 0.0f);
@@ -172,16 +173,17 @@ void MultiplyStrip(const Weight& weight, const Activations& x, int64_t first_row
   for (int64_t first = 0; first < weight.columns; first += kTileColumns) {
     const int64_t last = std::min(first + kTileColumns, weight.columns);
     for (int64_t r = 0; r < rows; ++r) {
-      Cursor cursor(weight, first_row + r, starts[r], first / kPieceColumns);
+      const MaskRow mask(weight, first_row + r);
+      Cursor cursor(mask, weight.pieces(), starts[r], first / kPieceColumns);
       Element* out = tile + r * kTileColumns;
       EachGroup(weight, weight.row_scales(first_row + r), first, last, kTileColumns,
                 [&](float scale, int64_t first_piece, int64_t last_piece) {
                   for (int64_t piece = first_piece; piece < last_piece; ++piece, out += kPieceColumns) {
-                    const uint64_t word = weight.mask_word(first_row + r, piece);
+                    const uint8_t* bits = mask.piece(piece);
                     if constexpr (quantized) {
-                      cursor.EachBytes(word, [&](int j, typename Isa::Bytes w) { Isa::StoreTile(out, j, w); });
+                      cursor.EachBytes(bits, [&](int j, typename Isa::Bytes w) { Isa::StoreTile(out, j, w); });
                     } else {
-                      cursor.EachFloats(word, [&](int j, typename Isa::Floats w) {
+                      cursor.EachFloats(bits, [&](int j, typename Isa::Floats w) {
                         Isa::Store(out + j * Isa::kFloats, Isa::Times(w, Isa::Fill(scale)));
                       });
                     }
@@ -219,7 +221,6 @@ void MultiplyStrip(const Weight& weight, const Activations& x, int64_t first_row
       float& out = y[m * weight.rows + first_row + r];
       out = (quantized ? out * x.scales[m] : out) + weight.row_bias(first_row + r);
     }
-  (void)sums;
 }
 
 template <class Isa, ValueType type>

@@ -52,6 +52,21 @@ struct Weight {
   const uint8_t* strip_values(int64_t strip) const { return values + offsets[strip] * ElementBytes(type); }
 };
 
+// The mask of one row in pieces of eight bytes, the last one filled up with zeros.
+class MaskRow {
+public:
+  MaskRow(const Weight& weight, int64_t row)
+      : bytes_(weight.mask + row * weight.mask_row_bytes()), whole_(weight.mask_row_bytes() / 8) {
+    std::memcpy(last_, bytes_ + whole_ * 8, static_cast<size_t>(weight.mask_row_bytes() - whole_ * 8));
+  }
+  const uint8_t* piece(int64_t i) const { return i < whole_ ? bytes_ + i * 8 : last_; }
+
+private:
+  const uint8_t* bytes_;
+  int64_t whole_;
+  uint8_t last_[8] = {};
+};
+
 // X (rows, columns), the rows padded with zeros to whole pieces of 64 columns.
 struct Activations {
   int64_t rows;
