@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ RUNTIME = Path(__file__).parent.parent / "runtime"
 
 def build_driver(folder: Path) -> Path:
     """The driver, built in ``folder``; the test is skipped where it cannot be."""
-    cmake = shutil.which("cmake")
+    own = str(Path(sys.executable).parent)
+    cmake = shutil.which("cmake", path=os.pathsep.join([own, os.environ["PATH"]]))
     if cmake is None or not any(map(shutil.which, [os.environ.get("CXX") or "c++", "g++", "clang++"])):
         pytest.skip("cmake or a C++ compiler is missing")
     configured = _run([cmake, "-S", str(RUNTIME), "-B", str(folder), "-DBLOCKPRESS_DRIVER=ON"])

@@ -77,8 +77,8 @@ class LanguageModel:
         missing = [name for name in ("logits", *self._cache.values()) if name not in outputs]
         if "input_ids" not in self._inputs or missing:
             raise BlockpressRuntimeError(
-                f"{path} is no causal language model: input_ids, logits and, for every "
-                f"past_key_values.N.key or .value, a present one are expected; missing: {', '.join(missing) or 'input_ids'}"
+                f"{path} is no causal language model: input_ids, logits and, for every past_key_values.N.key or "
+                f".value, a present one are expected; missing: {', '.join(missing) or 'input_ids'}"
             )
         self._past = {name: self._empty(self._inputs[name]) for name in self._cache}
         self.read: list[int] = []
