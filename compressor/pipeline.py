@@ -10,6 +10,7 @@ from pathlib import Path
 
 from compressor.combinations import check_combination
 from compressor.delivery import CompressionResult, Delivery, Measured
+from compressor.devices import limited_device_memory, resolve_device
 from compressor.linears import IgnoreRules
 from compressor.models.writer import CheckpointWriter
 from compressor.opening import open_model
@@ -41,6 +42,7 @@ def compress(
     *,
     device: str = "auto",
     activation_memory: int | None = None,
+    max_device_memory: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     force: bool = False,
@@ -61,6 +63,8 @@ def compress(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``; blocks are pruned and repaired there.
         activation_memory: Bytes that the hidden states of all windows may take together; the rest lies on the disk, in
             files beside the output that have no name. None sets no limit.
+        max_device_memory: Bytes of a CUDA device's memory to take at most; None sets no limit. Where it, or the device,
+            does not hold a batch in training, the batch goes through in parts.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Allow code that comes with the checkpoint; recorded in the report.
         force: Replace an existing output.
@@ -86,7 +90,10 @@ def compress(
     pattern, ignore = pattern_of(recipe.pruning), IgnoreRules(recipe.pruning.ignore)
     measure = Measure()
     may_be_done = choice != "never" and not force
-    with reserve_output(out, force, model=model, may_be_done=may_be_done) as target:
+    with (
+        reserve_output(out, force, model=model, may_be_done=may_be_done) as target,
+        limited_device_memory(resolve_device(device), max_device_memory) as unlimited,
+    ):
         with measure.stage("open"):
             progress(StageStarted("open", str(model)))
             opened = open_model(
@@ -98,6 +105,8 @@ def compress(
             )
             decided = None if choice == "never" else decided_finish(target)
             job = plan(opened, recipe, pattern, ignore, progress, decided)
+            if unlimited:
+                progress(Notice(unlimited))
             facts = facts_of(job, opened)
             result = finished_run(target, facts, validated=validate) if may_be_done else None
         if result is not None:
@@ -123,7 +132,7 @@ def compress(
                 validate=validate,
                 provider=provider,
                 require=require,
-                notices=(*job.notices, *passed.notices),
+                notices=(*job.notices, *((unlimited,) if unlimited else ()), *passed.notices),
             )
         forget_state(target)
         return result

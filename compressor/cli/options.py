@@ -305,6 +305,13 @@ activation_memory_option = flag(
     metavar="SIZE",
     help="Memory that hidden states of all windows may take; more lies on the disk. No limit by default.",
 )
+max_device_memory_option = flag(
+    "Model",
+    "--max-device-memory",
+    type=bytes_of,
+    metavar="SIZE",
+    help="Memory of a CUDA device to take at most; a batch that does not fit goes through in parts.",
+)
 no_validate_option = flag(
     "Validation", "--no-validate", is_flag=True, help="Do not validate; the verdict is null."
 )

@@ -27,6 +27,7 @@ GATE_FAILED = 4
 )
 @options.device_option
 @options.activation_memory_option
+@options.max_device_memory_option
 @options.model_options
 @options.no_validate_option
 @options.validation_options
