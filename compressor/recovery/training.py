@@ -108,7 +108,7 @@ def train(
 
 
 def parts_of(rows: Sequence[int], micro_batch: int | None) -> list[Sequence[int]]:
-    """The rows of a batch in parts of at most ``micro_batch``, whose gradients are added up; ``None`` does not split."""
+    """The rows of a batch in parts of at most ``micro_batch``, whose gradients add up; ``None`` does not split."""
     if micro_batch is None or micro_batch >= len(rows):
         return [rows]
     return [rows[part.start : part.stop] for part in in_order(len(rows), micro_batch)]
