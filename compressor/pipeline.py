@@ -48,6 +48,7 @@ def compress(
     force: bool = False,
     validate: bool = True,
     provider: str = "auto",
+    parity: str = "auto",
     require: Sequence[str] = (),
     resume: str = "auto",
     stop: Callable[[], bool] = lambda: False,
@@ -70,6 +71,7 @@ def compress(
         force: Replace an existing output.
         validate: Compare the exported file with the PyTorch sparse model; without it the verdict is None.
         provider: ONNX Runtime execution provider of the validation.
+        parity: How the validation runs the ONNX model: ``whole``, ``blocks`` (one in memory at a time), or ``auto``.
         require: Names of checks that must not be skipped.
         resume: ``auto`` goes on where an earlier run of the same settings on the same output was stopped or killed,
             ``required`` refuses to begin anew, ``never`` begins anew.
@@ -131,6 +133,7 @@ def compress(
                 measured,
                 validate=validate,
                 provider=provider,
+                parity=parity,
                 require=require,
                 notices=(*job.notices, *((unlimited,) if unlimited else ()), *passed.notices),
             )

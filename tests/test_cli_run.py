@@ -155,6 +155,7 @@ def test_cli_run_options_become_the_recipe(terminal: Terminal, fake: FakePipelin
         "revision": "abc",
         "trust_remote_code": True,
         "provider": "CPU",
+        "parity": "auto",
         "require": ("manifest", "masks"),
         "resume": "never",
         "activation_memory": 3 * 2**30,

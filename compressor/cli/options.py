@@ -326,6 +326,14 @@ validation_options = _stack(
     ),
     flag(
         "Validation",
+        "--parity",
+        type=click.Choice(["auto", "whole", "blocks"]),
+        default="auto",
+        show_default=True,
+        help="Run the ONNX model whole, or one block in memory at a time; auto: blocks where the whole does not fit.",
+    ),
+    flag(
+        "Validation",
         "--require",
         multiple=True,
         metavar="CHECK",
