@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from compressor.combinations import check_combination
 from compressor.delivery import CompressionResult, Delivery, Measured
 from compressor.devices import limited_device_memory, resolve_device
+from compressor.errors import OutOfResources
+from compressor.estimating import FACTOR, estimate_job, refuse_misfits
 from compressor.linears import IgnoreRules
 from compressor.models.writer import CheckpointWriter
 from compressor.opening import open_model
-from compressor.planning import pattern_of, plan, run_blocks
-from compressor.progress import Notice, Progress, StageStarted, silent
+from compressor.planning import Job, pattern_of, plan, run_blocks
+from compressor.progress import EstimateReady, Notice, Progress, StageStarted, silent
 from compressor.recipe import Recipe
 from compressor.recipe_file import read_recipe
 from compressor.resuming import (
@@ -28,11 +32,13 @@ from compressor.resuming import (
     run_digest,
 )
 from compressor.run.measure import Measure
-from compressor.run.output import reserve_output
+from compressor.run.output import OutputPlan, reserve_output
 from compressor.run.publish import Staging
 from compressor.streams import limited_activations
 from validators.session import check_provider
 from validators.validate import check_required
+
+_LONG_S = 60.0  # a run that is expected to take longer says beforehand what it will take
 
 
 def compress(
@@ -118,6 +124,8 @@ def compress(
             return result
         with Staging(target) as staging:
             state = open_state(target, facts, job.source, choice, progress)
+            if not state.windows_done:
+                foresee(job, opened.dtype, target, activation_memory, progress)
             hf_folder = staging.plan.hf or staging.scratch / "hf"
             with measure.stage("blocks"), limited_activations(activation_memory, staging.scratch):
                 writer = CheckpointWriter(hf_folder, job.source, opened.dtype, widths=job.widths)
@@ -139,3 +147,21 @@ def compress(
             )
         forget_state(target)
         return result
+
+
+def foresee(
+    job: Job, dtype: torch.dtype, target: OutputPlan, activation_memory: int | None, progress: Progress
+) -> None:
+    """Tell what a long run will take, and refuse one that cannot fit.
+
+    Raises:
+        OutOfResources: See ``compressor.estimating.refuse_misfits``; where an estimate could be too high, a warning.
+    """
+    estimate = estimate_job(job, dtype, target, activation_memory)
+    if estimate.blocks_s is None or estimate.blocks_s > _LONG_S:
+        progress(EstimateReady(*estimate.lines()))
+    refuse_misfits(estimate, FACTOR)
+    try:
+        refuse_misfits(estimate)
+    except OutOfResources as error:
+        progress(Notice(f"this may not fit: {error.message}; {error.remedy}", shortfall=True))

@@ -266,6 +266,12 @@ resume_option = flag(
     show_default=True,
     help="auto goes on where an earlier run was stopped or killed, required refuses to begin anew, never begins anew.",
 )
+dry_run_option = flag(
+    "Output",
+    "--dry-run",
+    is_flag=True,
+    help="Make nothing: check all that can be checked and tell memory, disk and time. What does not fit is an error.",
+)
 recipe_options = _stack(
     flag(
         "Recipe", "--recipe", metavar="FILE|NAME", help="A YAML file, or a built-in one: default, ebft-paper."
