@@ -9,7 +9,6 @@ import json
 import sys
 from pathlib import Path
 
-import architectures
 import psutil
 import tiny_models
 
@@ -25,7 +24,12 @@ from compressor.run.output import plan_output
 
 def main(folder: Path, pruner: str, finish: str) -> None:
     """Estimate, then prune and repair; bytes beyond those that the process had before."""
-    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8}
+    shape = {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    }
     model = tiny_models.save_variant(folder / "model", "llama", **shape, max_position_embeddings=128)
     recipe = tiny_models.short_recipe(
         tiny_models.write_texts(folder),
