@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from compressor.end_to_end import EndToEnd
 from compressor.errors import StoppedSafely
 from compressor.finetuning import Finetuned, Windows, stages_of
 from compressor.linears import IgnoreRules, PrunableMatrix, observe_inputs, prunable_matrices
+from compressor.micro_batch import MicroBatch
 from compressor.models.source import BlockSource
 from compressor.models.writer import BlockWriter
 from compressor.pass_state import PassState
@@ -119,6 +122,7 @@ class BlockPass:
         self._end_to_end = EndToEnd(source, recipe, device=device, stop=stop, progress=progress)
         self._anatomy = anatomy
         self._probe = LearningRateProbe(recipe.recovery)
+        self._micro_batch = MicroBatch(progress)
         self._ships = versions_of(recipe)[-1]  # measured as it is committed, in the exported type
         self._evaluation: EvaluationStreams = (
             PerplexityStreams(source, evaluation, device, versions_of(recipe))
@@ -165,13 +169,14 @@ class BlockPass:
                 results.append(result)
             if self._state is not None:
                 opened = list(self._open.values())
-                self._state.commit(number, results, self._probe.state(), self._streams, opened)
+                self._state.commit(number, results, self._trials(), self._streams, opened)
             reach("blocks: after a window")
         finetuned = self._tune_together(writer) if self._end_to_end.stages else ()
         perplexities = self._evaluation.perplexities()
         perplexities.setdefault("recovered", perplexities["pruned"])
         lr = (self._probe.lr or None) if self._repair else None  # 0: nothing was trained
-        return PassResult(tuple(results), perplexities, lr, self._probe.tried, finetuned)
+        halved = tuple(self._micro_batch.notices)
+        return PassResult(tuple(results), perplexities, lr, self._probe.tried, finetuned, halved)
 
     def _go_on(self, writer: BlockWriter) -> list[BlockResult]:
         """Take over what the state holds of an earlier run; the results of its blocks."""
@@ -183,6 +188,7 @@ class BlockPass:
             self._hand_on(index, block, masks, self._matrices(index, block), writer)
         state.restore(self._streams)
         self._probe.restore(state.probe)
+        self._micro_batch.size = state.probe.get("micro_batch")
         for opened in state.open_blocks():
             self._open[opened.index] = self._reopened(opened)
         return state.results
@@ -193,6 +199,10 @@ class BlockPass:
         if self._repair is not None and self._states.dense is not None:
             opened.io = self._io(opened.index, opened.matrices, self._states.sparse, self._states.dense)
         return opened
+
+    def _trials(self) -> dict[str, Any]:
+        """What was found by trying: learning rates, and how much the device holds at once."""
+        return {**self._probe.state(), "micro_batch": self._micro_batch.size}
 
     @property
     def _streams(self) -> dict[str, Activations]:
@@ -344,7 +354,26 @@ class BlockPass:
         )
 
     def _repair_block(self, index: int, block: nn.Module, masks: dict[str, Mask], io: BlockIO) -> Repaired:
+        """Repair the window that ends with block ``index``, from its beginning again where memory ran out."""
+        came = [weight.detach().to("cpu", copy=True) for weight in block.parameters()]
+
+        def put_back() -> None:
+            with torch.no_grad():
+                for weight, values in zip(block.parameters(), came, strict=True):
+                    weight.copy_(values)
+
+        return self._micro_batch.attempt(
+            lambda size: self._repair_once(index, block, masks, replace(io, micro_batch=size)),
+            again=put_back,
+            batch_size=self._training.batch_size,
+            what=f"the repair of {io.name}",
+            remedy="give a shorter --seqlen, --set recovery.window=block for one block at a time, a larger "
+            "--max-device-memory where one is set, or --device cpu",
+        )
+
+    def _repair_once(self, index: int, block: nn.Module, masks: dict[str, Mask], io: BlockIO) -> Repaired:
         assert self._repair is not None
+        reach("repair: before")
         seed = self._recipe.seed + index
         chosen = self._probe.lr_for(index, block, masks, io, seed=seed)
         if chosen.tried:
@@ -353,6 +382,7 @@ class BlockPass:
 
         def told(step: int, steps: int) -> None:
             self._progress(BlockProgress(index, total, step, steps))
+            reach("repair: after a step")
 
         return self._repair(block, masks, io, self._training, lr=chosen.lr, seed=seed, progress=told)
 
@@ -364,6 +394,8 @@ class BlockPass:
             finetuned = self._end_to_end.tune(
                 Windows(self._ids, dense.training if dense else None),
                 Windows(self._heldout_ids, dense.heldout if dense else None),
+                self._micro_batch,
+                None if self._state is None else self._state.load_finished,
             )
             if self._state is not None:
                 self._state.commit_tuned(finetuned, self._end_to_end.held)

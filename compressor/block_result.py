@@ -42,7 +42,8 @@ class BlockResult:
 class PassResult:
     """All blocks, the perplexities that came out of the same pass, and the learning rate that was used.
 
-    ``finetuned`` has one entry for each end-to-end stage after the pass.
+    ``finetuned`` has one entry for each end-to-end stage after the pass, ``halved`` one line for each time that the
+    device's memory ran out.
     """
 
     blocks: tuple[BlockResult, ...]
@@ -50,6 +51,7 @@ class PassResult:
     lr: float | None
     lr_tried: tuple[float, ...]
     finetuned: tuple[Finetuned, ...] = ()
+    halved: tuple[str, ...] = ()
 
     @property
     def taken_out(self) -> float | None:
@@ -61,6 +63,6 @@ class PassResult:
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What the pruner had to say, one line per matrix, and the end-to-end stages."""
+        """What the pruner had to say, one line per matrix, the end-to-end stages, and a device out of memory."""
         stages = tuple(tuned.note for tuned in self.finetuned if tuned.note)
-        return (*(note for block in self.blocks for note in block.notes), *stages)
+        return (*(note for block in self.blocks for note in block.notes), *stages, *self.halved)

@@ -125,6 +125,7 @@ class Delivery:
         provider: str,
         require: Sequence[str],
         notices: Sequence[str],
+        parity: str = "auto",
     ) -> CompressionResult:
         """Export, validate, report, publish; the result names the published files.
 
@@ -134,6 +135,7 @@ class Delivery:
             provider: Its execution provider.
             require: Names of checks that must not be skipped.
             notices: What was told already and belongs into the report.
+            parity: How the validator runs the ONNX model.
         """
         target = None if measured.zeros_were_filled else self._subject.target_sparsity
         taken_out = self._taken_out(measured)
@@ -151,7 +153,7 @@ class Delivery:
             with self._measure.stage("validate"):
                 self._progress(StageStarted("validate"))
                 reach("validate: before")
-                validation = self._validate(measured, provider, require)
+                validation = self._validate(measured, provider, require, parity)
         told = (*notices, *lacking, *(validation.notices if validation is not None else ()))
         report = self._report(measured, manifest, validation, told)
         write_report(report, self._plan.report_json, self._plan.report_html)
@@ -225,7 +227,9 @@ class Delivery:
         root = self._plan.folder
         return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
 
-    def _validate(self, measured: Measured, provider: str, require: Sequence[str]) -> ValidationReport:
+    def _validate(
+        self, measured: Measured, provider: str, require: Sequence[str], parity: str
+    ) -> ValidationReport:
         return run_validator(
             self._plan,
             reference=self._hf,
@@ -234,6 +238,7 @@ class Delivery:
             gates=self._recipe.gates,
             require=require,
             provider=provider,
+            parity=parity,
             trust_remote_code=self._subject.trust_remote_code,
         )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -61,6 +63,37 @@ def export_dtype(choice: str, checkpoint_dtype: torch.dtype) -> torch.dtype:
             "give --dtype float32, float16 or bfloat16",
         )
     return checkpoint_dtype
+
+
+_limits: dict[torch.device, int] = {}
+
+
+@contextmanager
+def limited_device_memory(device: torch.device, limit_bytes: int | None) -> Iterator[str | None]:
+    """While inside, this program takes at most ``limit_bytes`` of a CUDA device's memory; None sets no limit.
+
+    Yields a line for the user where the limit means nothing, because the device has no memory of its own.
+    """
+    if limit_bytes is None or device.type != "cuda":
+        yield None if limit_bytes is None else f"--max-device-memory is of no effect on {device}"
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    _limits[device] = limit_bytes
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
+    try:
+        yield None
+    finally:
+        del _limits[device]
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Memory of a CUDA device that this program can still take: what is free and, if there is a limit, within it."""
+    free: int = torch.cuda.mem_get_info(device)[0]
+    own = torch.cuda.memory_reserved(device)
+    free += own - torch.cuda.memory_allocated(device)  # reserved, and not in use
+    limit = _limits.get(device)
+    return free if limit is None else min(free, max(0, limit - torch.cuda.memory_allocated(device)))
 
 
 def mixed_precision(device: torch.device) -> torch.dtype | None:

@@ -14,11 +14,13 @@ from compressor.errors import StoppedSafely
 from compressor.finetuning import Finetuned, SparseModel, Stage, Step, Windows, stages_of, with_masks
 from compressor.finetuning.memory import room_for
 from compressor.linears import PrunableMatrix
+from compressor.micro_batch import MicroBatch
 from compressor.models.source import BlockSource
 from compressor.models.writer import BlockWriter
 from compressor.perplexities import EvaluationStreams
 from compressor.progress import FinetuningFinished, FinetuningProgress, Notice, Progress, StageStarted
 from compressor.recipe import Recipe
+from compressor.run.faults import reach
 from compressor.sparsity import Mask
 from validators.validate import available_memory_bytes
 
@@ -102,14 +104,67 @@ class EndToEnd:
         """Keep the next block, in order, until :meth:`commit`."""
         self._held.append(_Held(block, masks, matrices))
 
-    def tune(self, training: Windows, heldout: Windows) -> tuple[Finetuned, ...]:
+    def tune(
+        self,
+        training: Windows,
+        heldout: Windows,
+        micro_batch: MicroBatch,
+        load: Callable[[int], tuple[nn.Module, Mapping[str, Mask]]] | None = None,
+    ) -> tuple[Finetuned, ...]:
         """Run every stage over the held blocks; what each of them brought.
+
+        Args:
+            training: Windows to train on.
+            heldout: Windows that only select.
+            micro_batch: How many of them go through at once.
+            load: A held block as it was before all stages, from which they begin again where the device's memory
+                ran out; ``None``: copies in host memory are kept for that, of blocks on a device of its own.
 
         Raises:
             StoppedSafely: ``stop`` said so between two steps.
             ReportedError: A loss is not finite before the first step, and the like.
         """
-        model = self._model(training, heldout)
+        if load is None and self._device.type == "cpu":  # whose memory does not end with an error
+            return self._tune(training, heldout, micro_batch.size)
+        load = load or self._copies()
+
+        def begin_again() -> None:
+            for index, held in enumerate(self._held):
+                block, masks = load(index)
+                self._held[index] = _Held(block, masks, held.matrices)
+
+        return micro_batch.attempt(
+            lambda size: self._tune(training, heldout, size),
+            again=begin_again,
+            batch_size=min(self._batch_size(stage) for stage in self.stages),
+            what=f"the {' and the '.join(stage.name for stage in self.stages)} of all blocks together",
+            remedy="give --finish none, a shorter --seqlen, a larger --max-device-memory where one is set, or "
+            "--device cpu",
+        )
+
+    def _copies(self) -> Callable[[int], tuple[nn.Module, Mapping[str, Mask]]]:
+        copies = [
+            ([weight.detach().to("cpu", copy=True) for weight in held.block.parameters()], held.masks)
+            for held in self._held
+        ]
+
+        def load(index: int) -> tuple[nn.Module, Mapping[str, Mask]]:
+            values, masks = copies[index]
+            block = self._held[index].block
+            with torch.no_grad():
+                for weight, value in zip(block.parameters(), values, strict=True):
+                    weight.copy_(value)
+            return block, masks
+
+        return load
+
+    def _batch_size(self, stage: Stage) -> int:
+        recipe = self._recipe
+        return recipe.finish.batch_size if stage.name == "finish" else recipe.recovery.batch_size
+
+    def _tune(self, training: Windows, heldout: Windows, micro_batch: int | None) -> tuple[Finetuned, ...]:
+        reach("tuning: before")
+        model = self._model(training, heldout, micro_batch)
         done = []
         for stage in self.stages:
             self._progress(StageStarted(stage.name, f"{stage.method}, all blocks together"))
@@ -132,7 +187,7 @@ class EndToEnd:
             evaluation.advance("recovered", index, held.block)
         self._held.clear()
 
-    def _model(self, training: Windows, heldout: Windows) -> SparseModel:
+    def _model(self, training: Windows, heldout: Windows, micro_batch: int | None) -> SparseModel:
         return SparseModel(
             blocks=[held.block for held in self._held],
             masks=[held.masks for held in self._held],
@@ -146,10 +201,12 @@ class EndToEnd:
             vocab_size=self._source.vocab_size,
             device=self._device,
             amp_dtype=mixed_precision(self._device),
+            micro_batch=micro_batch,
         )
 
     def _tell(self, stage: Stage, step: Step) -> None:
         self._progress(FinetuningProgress(stage.name, step.number, step.total, step.lr, step.trial))
+        reach("tuning: after a step")
         if self._stop():
             raise StoppedSafely(
                 "E-STOPPED",

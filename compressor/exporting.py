@@ -40,6 +40,7 @@ def export(
     force: bool = False,
     validate: bool = True,
     provider: str = "auto",
+    parity: str = "auto",
     require: Sequence[str] = (),
     progress: Progress = silent,
 ) -> CompressionResult:
@@ -82,7 +83,12 @@ def export(
         delivery = Delivery(subject, staging, hf_folder, recipe, measure, progress)
         measured = Measured(evaluation, {"recovered": perplexity})
         return delivery.deliver(
-            measured, validate=validate, provider=provider, require=require, notices=opened.checkpoint.notices
+            measured,
+            validate=validate,
+            provider=provider,
+            require=require,
+            notices=opened.checkpoint.notices,
+            parity=parity,
         )
 
 

@@ -8,13 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from compressor.combinations import check_combination
 from compressor.delivery import CompressionResult, Delivery, Measured
+from compressor.devices import limited_device_memory, resolve_device
+from compressor.errors import OutOfResources
+from compressor.estimating import FACTOR, estimate_job, refuse_misfits
 from compressor.linears import IgnoreRules
 from compressor.models.writer import CheckpointWriter
 from compressor.opening import open_model
-from compressor.planning import pattern_of, plan, run_blocks
-from compressor.progress import Notice, Progress, StageStarted, silent
+from compressor.planning import Job, pattern_of, plan, run_blocks
+from compressor.progress import EstimateReady, Notice, Progress, StageStarted, silent
 from compressor.recipe import Recipe
 from compressor.recipe_file import read_recipe
 from compressor.resuming import (
@@ -27,11 +32,13 @@ from compressor.resuming import (
     run_digest,
 )
 from compressor.run.measure import Measure
-from compressor.run.output import reserve_output
+from compressor.run.output import OutputPlan, reserve_output
 from compressor.run.publish import Staging
 from compressor.streams import limited_activations
 from validators.session import check_provider
 from validators.validate import check_required
+
+_LONG_S = 60.0  # a run that is expected to take longer says beforehand what it will take
 
 
 def compress(
@@ -41,11 +48,13 @@ def compress(
     *,
     device: str = "auto",
     activation_memory: int | None = None,
+    max_device_memory: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     force: bool = False,
     validate: bool = True,
     provider: str = "auto",
+    parity: str = "auto",
     require: Sequence[str] = (),
     resume: str = "auto",
     stop: Callable[[], bool] = lambda: False,
@@ -61,11 +70,14 @@ def compress(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``; blocks are pruned and repaired there.
         activation_memory: Bytes that the hidden states of all windows may take together; the rest lies on the disk, in
             files beside the output that have no name. None sets no limit.
+        max_device_memory: Bytes of a CUDA device's memory to take at most; None sets no limit. Where it, or the device,
+            does not hold a batch in training, the batch goes through in parts.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Allow code that comes with the checkpoint; recorded in the report.
         force: Replace an existing output.
         validate: Compare the exported file with the PyTorch sparse model; without it the verdict is None.
         provider: ONNX Runtime execution provider of the validation.
+        parity: How the validation runs the ONNX model: ``whole``, ``blocks`` (one in memory at a time), or ``auto``.
         require: Names of checks that must not be skipped.
         resume: ``auto`` goes on where an earlier run of the same settings on the same output was stopped or killed,
             ``required`` refuses to begin anew, ``never`` begins anew.
@@ -86,7 +98,10 @@ def compress(
     pattern, ignore = pattern_of(recipe.pruning), IgnoreRules(recipe.pruning.ignore)
     measure = Measure()
     may_be_done = choice != "never" and not force
-    with reserve_output(out, force, model=model, may_be_done=may_be_done) as target:
+    with (
+        reserve_output(out, force, model=model, may_be_done=may_be_done) as target,
+        limited_device_memory(resolve_device(device), max_device_memory) as unlimited,
+    ):
         with measure.stage("open"):
             progress(StageStarted("open", str(model)))
             opened = open_model(
@@ -98,6 +113,8 @@ def compress(
             )
             decided = None if choice == "never" else decided_finish(target)
             job = plan(opened, recipe, pattern, ignore, progress, decided)
+            if unlimited:
+                progress(Notice(unlimited))
             facts = facts_of(job, opened)
             result = finished_run(target, facts, validated=validate) if may_be_done else None
         if result is not None:
@@ -107,6 +124,8 @@ def compress(
             return result
         with Staging(target) as staging:
             state = open_state(target, facts, job.source, choice, progress)
+            if not state.windows_done:
+                foresee(job, opened.dtype, target, activation_memory, progress)
             hf_folder = staging.plan.hf or staging.scratch / "hf"
             with measure.stage("blocks"), limited_activations(activation_memory, staging.scratch):
                 writer = CheckpointWriter(hf_folder, job.source, opened.dtype, widths=job.widths)
@@ -122,8 +141,27 @@ def compress(
                 measured,
                 validate=validate,
                 provider=provider,
+                parity=parity,
                 require=require,
-                notices=(*job.notices, *passed.notices),
+                notices=(*job.notices, *((unlimited,) if unlimited else ()), *passed.notices),
             )
         forget_state(target)
         return result
+
+
+def foresee(
+    job: Job, dtype: torch.dtype, target: OutputPlan, activation_memory: int | None, progress: Progress
+) -> None:
+    """Tell what a long run will take, and refuse one that cannot fit.
+
+    Raises:
+        OutOfResources: See ``compressor.estimating.refuse_misfits``; where an estimate could be too high, a warning.
+    """
+    estimate = estimate_job(job, dtype, target, activation_memory)
+    if estimate.blocks_s is None or estimate.blocks_s > _LONG_S:
+        progress(EstimateReady(*estimate.lines()))
+    refuse_misfits(estimate, FACTOR)
+    try:
+        refuse_misfits(estimate)
+    except OutOfResources as error:
+        progress(Notice(f"this may not fit: {error.message}; {error.remedy}", shortfall=True))

@@ -35,6 +35,14 @@ class TextReady:
 
 
 @dataclass(frozen=True)
+class EstimateReady:
+    """What the run will take: memory and disk against what is free, and time; each in one line."""
+
+    resources: str
+    time: str
+
+
+@dataclass(frozen=True)
 class LearningRateChosen:
     """The probe on held-out windows settled the learning rate."""
 
@@ -150,6 +158,7 @@ class Notice:
 Event = (
     RunStarted
     | TextReady
+    | EstimateReady
     | LearningRateChosen
     | BlockProgress
     | BlockFinished

@@ -77,6 +77,7 @@ def validate_export(
     tasks_folder: str | Path | None = None,
     tasks_limit: int | None = None,
     provider: str = "auto",
+    parity: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> ValidationOutcome:
@@ -96,6 +97,7 @@ def validate_export(
         tasks_folder: A folder of local tasks; code that their YAML files name is run.
         tasks_limit: Documents per task; None: all.
         provider: Execution provider of ONNX Runtime.
+        parity: ``whole``, ``blocks`` (one block of the ONNX model in memory at a time), or ``auto``.
         trust_remote_code: Allow code that comes with the reference.
         progress: Receives events.
 
@@ -139,6 +141,7 @@ def validate_export(
         lm_eval=lm_eval,
         tasks=_task_request(plan, folder, tasks, tasks_folder, tasks_limit, trust_remote_code),
         provider=provider,
+        parity=parity,
         trust_remote_code=trust_remote_code,
     )
     return ValidationOutcome(result, plan, folder, windows, recorded, tuple(notices))
@@ -157,6 +160,7 @@ def run_validator(
     lm_eval: bool = False,
     tasks: TaskRequest | None = None,
     provider: str = "auto",
+    parity: str = "auto",
     trust_remote_code: bool = False,
 ) -> ValidationReport:
     """The validator's report on the files that ``plan`` names; see ``validators.request`` for the rest."""
@@ -182,6 +186,7 @@ def run_validator(
             lm_eval=lm_eval,
             tasks=tasks,
             provider=provider,
+            parity=parity,
             time_limit_s=DEFAULT_TIME_LIMIT_S if tasks is None else _TASKS_TIME_LIMIT_S,
         )
         return validate(request)

@@ -64,6 +64,15 @@ def packed_index_bytes(kept: NDArray[np.bool_]) -> int:
     return total
 
 
+def expected_index_bytes(size: int, density: float) -> int:
+    """The same for ``size`` positions of which a share ``density`` is kept, spread evenly."""
+    total, low = 0.0, 0
+    for length, high in enumerate(_VARINT_LIMITS, start=1):
+        total += length * density * max(0, min(size, high) - low)
+        low = high
+    return round(total)
+
+
 def packed_indices(kept: NDArray[np.bool_]) -> Iterator[bytes]:
     """The packed varints of the positions where the flat ``kept`` is True, ascending, piece by piece."""
     for start in range(0, kept.size, _CHUNK_ELEMENTS):

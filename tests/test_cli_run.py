@@ -115,7 +115,7 @@ def test_cli_run_options_become_the_recipe(terminal: Terminal, fake: FakePipelin
         "--encoding sparse --opset 20 --seed 7 --max-abs-error 0.5 --min-top1-agreement 99% "
         "--max-onnx-ppl-drift 0.1% --max-ppl-increase 15% --min-sparsity 0.4 --device cuda:1 --revision abc "
         "--trust-remote-code --force --no-validate --provider CPU --require manifest --require masks "
-        "--resume never --activation-memory 3GiB"
+        "--resume never --activation-memory 3GiB --max-device-memory 20GiB"
     )
     assert terminal.run("run", "model", "--out", out, *arguments).code == 0
     expected = {
@@ -155,9 +155,11 @@ def test_cli_run_options_become_the_recipe(terminal: Terminal, fake: FakePipelin
         "revision": "abc",
         "trust_remote_code": True,
         "provider": "CPU",
+        "parity": "auto",
         "require": ("manifest", "masks"),
         "resume": "never",
         "activation_memory": 3 * 2**30,
+        "max_device_memory": 20 * 2**30,
     }
 
 

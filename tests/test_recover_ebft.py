@@ -243,6 +243,7 @@ def test_gradients_are_clipped_in_true_units_under_a_loss_scale() -> None:
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     stepper = Stepper(torch.optim.SGD([weight], lr=1.0), [weight], given.io, max_grad_norm=2.5)
     stepper.backward((weight.square() / 2).sum())
+    stepper.unscale()
     assert weight.grad is not None
     assert weight.grad.tolist() == [3.0, 4.0]
     stepper.step(lr=1.0)

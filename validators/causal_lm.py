@@ -86,11 +86,9 @@ class CausalLM:
             raise ValueError("only a graph with a KV cache can go on after a prefix")
         batch, length = ids.shape
         mask = np.ones_like(ids) if attention_mask is None else attention_mask
-        stops = [length] if prefix is None else [prefix, *range(prefix + 1, length + 1)]
         past: dict[str, Any] = {}
         parts: dict[str, list[Floats]] = {name: [] for name in outputs}
-        start = 0
-        for stop in stops:
+        for start, stop in calls_of(length, prefix):
             values = self._call(ids[:, start:stop], mask[:, :stop], past, outputs, keep_cache=stop < length)
             for name in outputs:
                 part = to_float32(values[name])
@@ -98,7 +96,6 @@ class CausalLM:
                     raise _shape_error(self.session, name, part.shape, (batch, stop - start))
                 parts[name].append(part)
             past = {slot.past.name: values[slot.present] for slot in self.cache if stop < length}
-            start = stop
         return {name: np.concatenate(rows, axis=1) for name, rows in parts.items()}
 
     def _call(
@@ -136,6 +133,12 @@ class CausalLM:
             array = np.zeros((batch, heads, 0, head_dim), np.float32)
             empty[slot.past.name] = self.session.value(array, slot.past)
         return empty
+
+
+def calls_of(length: int, prefix: int | None) -> list[tuple[int, int]]:
+    """First and one-past-last token of each call: all at once, or ``prefix`` tokens and the rest one by one."""
+    stops = [length] if prefix is None else [prefix, *range(prefix + 1, length + 1)]
+    return list(zip([0, *stops[:-1]], stops, strict=True))
 
 
 def _cache_slots(session: Session) -> tuple[CacheSlot, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from exporters.file_graph import FileGraph
 from validators.causal_lm import CausalLM
 from validators.checks import (
     PERPLEXITY_KEYS,
@@ -35,6 +36,7 @@ from validators.harness import CHECK_NAME as HARNESS_CHECK
 from validators.harness import agreement_check
 from validators.integrity import check_unchanged
 from validators.parity import (
+    LanguageModel,
     ParityCase,
     first_divergence,
     judge,
@@ -44,7 +46,9 @@ from validators.parity import (
 )
 from validators.reference import Floats, Ids, Reference
 from validators.request import ValidationRequest
+from validators.room import blocks_of
 from validators.session import Session
+from validators.streamed import Sequences, StreamedLM, StreamedWindows
 from validators.structure import Structure, examine_structure
 from validators.tasks import LoadedTasks, evaluate_tasks, load_tasks
 
@@ -105,6 +109,7 @@ class _Examination:
     first_divergence: str | None = None
     tasks: dict[str, tuple[TaskResult, ...]] = field(default_factory=dict)
     _loaded_tasks: LoadedTasks | None = field(default=None, init=False)
+    _graph: FileGraph | None = field(default=None, init=False)  # where it runs block by block
 
     def __post_init__(self) -> None:
         self.perplexity = {key: self.request.known_perplexity.get(key) for key in PERPLEXITY_KEYS}
@@ -136,6 +141,13 @@ class _Examination:
 
     def run_onnx(self, structure: Structure) -> _Runs:
         """Parity logits, perplexity and task results of the ONNX model; closed again afterwards."""
+        self._graph, why = blocks_of(structure, self.request)
+        if why is not None:
+            self.notices.append(why)
+        if self._graph is not None:
+            return self._run_blocks(
+                StreamedLM(structure.model_path, self._graph, self.request.provider), structure
+            )
         model = CausalLM(self.load(structure))
         self.compute_dtype = model.compute_dtype(structure.stored_dtype)
         runs = _Runs(self._parity_logits(model))
@@ -148,9 +160,32 @@ class _Examination:
         gc.collect()
         return runs
 
+    def _run_blocks(self, model: StreamedLM, structure: Structure) -> _Runs:
+        """Parity logits and perplexity with one block in memory at a time."""
+        self.compute_dtype = model.compute_dtype(structure.stored_dtype)
+        cases = self._cases(model)
+        with self._stage("parity"):
+            logits = model.logits_of(
+                [Sequences(case.ids, case.attention_mask, case.prefix) for case in cases],
+                lambda done, total: self.on_progress(ValidationProgress("parity", done, total)),
+            )
+        windows = self._windows(self.request.windows_path)
+        if windows is not None:
+            with self._stage("perplexity"):
+                streamed = StreamedWindows(model, windows)
+                self.perplexity["onnx"] = self._perplexity(streamed.logits, windows, "perplexity")
+        self.provider = model.provider
+        self.notices.extend(model.notices)
+        return _Runs(list(zip(cases, logits, strict=True)))
+
     def cross_check(self, structure: Structure) -> None:
         """Compare the ONNX perplexity with lm-eval's, where that is asked for."""
         if not self._asks_harness:
+            return
+        if self._graph is not None:
+            self.checks.append(
+                skipped(HARNESS_CHECK, "lm-eval loads the whole model, which ran block by block")
+            )
             return
         windows = self._windows(self.request.windows_path)
         with self._stage("lm-eval"):
@@ -192,9 +227,15 @@ class _Examination:
             return
         with self._stage("divergence"):
             try:
-                session = Session(structure.model_path, self.request.provider, extra_outputs=names)
+                model: LanguageModel
+                if self._graph is not None:
+                    model = StreamedLM(structure.model_path, self._graph, self.request.provider)
+                else:
+                    model = CausalLM(
+                        Session(structure.model_path, self.request.provider, extra_outputs=names)
+                    )
                 self.first_divergence = first_divergence(
-                    CausalLM(session), failed.case, failed.block_outputs, names, self._tolerance
+                    model, failed.case, failed.block_outputs, names, self._tolerance
                 )
             except ValidationError as error:
                 # The failed check stands with or without its place.
@@ -244,8 +285,8 @@ class _Examination:
     def _tolerance(self) -> Tolerance:
         return TOLERANCES[self.compute_dtype or "float32"]
 
-    def _parity_logits(self, model: CausalLM) -> list[tuple[ParityCase, Floats]]:
-        """Each parity case with the ONNX model's logits; what cannot be compared becomes a skipped check."""
+    def _cases(self, model: LanguageModel) -> list[ParityCase]:
+        """The parity cases; what cannot be compared becomes a skipped check."""
         windows = self._windows(self.request.parity_ids_path or self.request.windows_path)
         why = "no reference was given" if self.request.reference_factory is None else "no text was given"
         if windows is None or self.request.reference_factory is None:
@@ -253,7 +294,13 @@ class _Examination:
             return []
         cases, impossible = parity_cases(windows, model)
         self.checks.extend(impossible)
-        logits = []
+        return cases
+
+    def _parity_logits(self, model: CausalLM) -> list[tuple[ParityCase, Floats]]:
+        """Each parity case with the ONNX model's logits."""
+        cases, logits = self._cases(model), []
+        if not cases:
+            return []
         with self._stage("parity"):
             for done, case in enumerate(cases, start=1):
                 logits.append((case, run_onnx(model, case)))

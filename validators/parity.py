@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from validators.causal_lm import CausalLM
 from validators.checks import Check, Gates, Tolerance, skipped
 from validators.reference import Floats, Ids, Reference
 
@@ -71,7 +71,24 @@ class LogitErrors:
     decided: int
 
 
-def parity_cases(windows: Ids, model: CausalLM) -> tuple[list[ParityCase], list[Check]]:
+class LanguageModel(Protocol):
+    """The ONNX model as parity runs it: loaded whole, or block by block."""
+
+    @property
+    def cache(self) -> object:
+        """True where it has a KV cache."""
+
+    @property
+    def has_attention_mask(self) -> bool:
+        """Whether it can be told of padding."""
+
+    def run(
+        self, ids: Ids, attention_mask: Ids | None, outputs: Sequence[str], prefix: int | None = None
+    ) -> dict[str, Floats]:
+        """See ``validators.causal_lm.CausalLM.run``."""
+
+
+def parity_cases(windows: Ids, model: LanguageModel) -> tuple[list[ParityCase], list[Check]]:
     """The cases that the graph can run on these windows of text (N, T), and skipped checks for the rest."""
     prefill = ParityCase("parity-prefill", windows[:PREFILL_WINDOWS, :PREFILL_TOKENS])
     cases, impossible = [prefill], []
@@ -103,7 +120,7 @@ def left_padded(windows: Ids) -> ParityCase:
     return ParityCase("parity-padded", ids, mask)
 
 
-def run_onnx(model: CausalLM, case: ParityCase) -> Floats:
+def run_onnx(model: LanguageModel, case: ParityCase) -> Floats:
     """Logits (B, T, V) of the ONNX model, run the way the case says."""
     return model.run(case.ids, case.attention_mask, ["logits"], case.prefix)["logits"]
 
@@ -203,7 +220,7 @@ def judge(case: ParityCase, expected: Floats, found: Floats, tolerance: Toleranc
 
 
 def first_divergence(
-    model: CausalLM,
+    model: LanguageModel,
     case: ParityCase,
     expected: Sequence[Floats],
     names: Sequence[str],
@@ -212,7 +229,7 @@ def first_divergence(
     """One line that says which decoder block first leaves the reference.
 
     Args:
-        model: A session that has the block outputs among its outputs.
+        model: It has the block outputs among its outputs.
         case: The case that failed.
         expected: The reference's block outputs, (B, T, D) each.
         names: The graph's names of the same values.
@@ -230,7 +247,8 @@ def first_divergence(
             error = float(np.max(np.abs(found[name][rows] - reference[rows])))
         scale = max(1.0, float(np.max(np.abs(reference[rows]))))
         if not (error <= tolerance.relative_error * scale):
-            return f"block {index}: max |Δ| {error:.2g}; {_range_within(within)}"
+            block = name.rpartition("/")[0] or name
+            return f"block {index}: max |Δ| {error:.2g} behind {block}; {_range_within(within)}"
         within.append(error)
     return f"after the last block, in the final norm or the head; {_range_within(within)}"
 

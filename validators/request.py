@@ -63,6 +63,8 @@ class ValidationRequest:
         lm_eval: Measure perplexity once more with lm-eval's own backend; so does its check among ``require``.
         tasks: Tasks to run; None: none.
         structure_only: Judge the file by itself, without parity and perplexity.
+        parity: How parity and perplexity run the ONNX model: ``whole``, ``blocks`` (one block in memory at a time), or
+            ``auto``: blocks where the whole does not fit.
         provider: "auto" (CUDA where it works, else CPU), or an execution provider's name, such as
             "CPUExecutionProvider", "CPU" or "cuda".
         time_limit_s: The child is stopped after this long.
@@ -85,6 +87,7 @@ class ValidationRequest:
     lm_eval: bool = False
     tasks: TaskRequest | None = None
     structure_only: bool = False
+    parity: str = "auto"
     provider: str = "auto"
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
     memory_limit_bytes: int | None = None

@@ -71,13 +71,20 @@ class Session:
         notices: What the user should know about the installation.
     """
 
-    def __init__(self, path: Path, provider: str = "auto", extra_outputs: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        provider: str = "auto",
+        extra_outputs: Sequence[str] = (),
+        graph: bytes | None = None,
+    ) -> None:
         """Load ``path``.
 
         Args:
             path: The ``.onnx`` file; its external data lies beside it.
             provider: "auto", or the name of an execution provider, with or without "ExecutionProvider".
             extra_outputs: Values inside the graph that become outputs too.
+            graph: A serialized part of the file, without external data, that is loaded in its place.
 
         Raises:
             ValidationError: E-ORT-LOAD: ONNX Runtime refuses the file.
@@ -86,7 +93,7 @@ class Session:
         """
         ort = import_onnxruntime()
         wanted = choose_provider(provider)
-        model: str | bytes = str(path)
+        model: str | bytes = str(path) if graph is None else graph
         options = _session_options(ort)
         folder = path.absolute().parent if extra_outputs else Path.cwd()
         if extra_outputs:

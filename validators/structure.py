@@ -27,6 +27,7 @@ class Structure:
 
     Attributes:
         model_path: The ``.onnx`` file.
+        model: Its graph, and its constants, which are read when they are asked for.
         checks: manifest, structure, finite, masks, pattern, sparsity.
         block_outputs: Name of each decoder block's output value; empty without a manifest.
         stored_dtype: The type that most bytes of floating constants have; None without any.
@@ -34,6 +35,7 @@ class Structure:
     """
 
     model_path: Path
+    model: OnnxFile
     checks: tuple[Check, ...]
     block_outputs: tuple[str, ...]
     stored_dtype: str | None
@@ -64,6 +66,7 @@ def examine_structure(request: ValidationRequest, on_progress: OnProgress = igno
         on_progress(ValidationProgress("structure", done, len(model.tensors)))
     return Structure(
         model_path=path,
+        model=model,
         checks=(
             manifest_check,
             Check("structure", "passed", why=f"onnx.checker accepts it; {len(tensors)} constants"),

@@ -31,6 +31,8 @@ from validators.events import OnProgress, ValidationProgress, ignore
 from validators.request import ValidationRequest
 from validators.tasks import check_tasks
 
+PARITY_WAYS = ("auto", "whole", "blocks")
+
 _POLL_S = 0.1
 _STDERR_TAIL_BYTES = 20_000
 _CGROUP = Path("/sys/fs/cgroup")
@@ -77,14 +79,24 @@ def check_request(request: ValidationRequest) -> None:
     """Refuse what cannot be carried out, before any work.
 
     Raises:
-        ValidationUsageError: See ``validate``.
+        ValidationUsageError: See ``validate``; E-PARITY-WAY, E-PARITY-TASKS.
     """
     check_required(request.require)
     if request.pattern is not None and re.fullmatch(r"\s*\d+\s*:\s*[1-9]\d*\s*", request.pattern) is None:
         raise ValidationUsageError(
             "E-VALIDATE-PATTERN", f"a pattern is N:M, got {request.pattern!r}", "give a pattern such as 2:4"
         )
+    if request.parity not in PARITY_WAYS:
+        raise ValidationUsageError(
+            "E-PARITY-WAY", f"parity is {', '.join(PARITY_WAYS)}; got {request.parity!r}", "give auto"
+        )
     if request.tasks is not None:
+        if request.parity == "blocks":
+            raise ValidationUsageError(
+                "E-PARITY-TASKS",
+                "tasks run the whole model, over and over",
+                "give --parity whole, or no tasks",
+            )
         if request.structure_only:
             raise ValidationUsageError(
                 "E-TASKS-STRUCTURE",

@@ -266,6 +266,12 @@ resume_option = flag(
     show_default=True,
     help="auto goes on where an earlier run was stopped or killed, required refuses to begin anew, never begins anew.",
 )
+dry_run_option = flag(
+    "Output",
+    "--dry-run",
+    is_flag=True,
+    help="Make nothing: check all that can be checked and tell memory, disk and time. What does not fit is an error.",
+)
 recipe_options = _stack(
     flag(
         "Recipe", "--recipe", metavar="FILE|NAME", help="A YAML file, or a built-in one: default, ebft-paper."
@@ -305,6 +311,13 @@ activation_memory_option = flag(
     metavar="SIZE",
     help="Memory that hidden states of all windows may take; more lies on the disk. No limit by default.",
 )
+max_device_memory_option = flag(
+    "Model",
+    "--max-device-memory",
+    type=bytes_of,
+    metavar="SIZE",
+    help="Memory of a CUDA device to take at most; a batch that does not fit goes through in parts.",
+)
 no_validate_option = flag(
     "Validation", "--no-validate", is_flag=True, help="Do not validate; the verdict is null."
 )
@@ -316,6 +329,14 @@ validation_options = _stack(
         show_default=True,
         metavar="NAME",
         help="Execution provider.",
+    ),
+    flag(
+        "Validation",
+        "--parity",
+        type=click.Choice(["auto", "whole", "blocks"]),
+        default="auto",
+        show_default=True,
+        help="Run the ONNX model whole, or one block in memory at a time; auto: blocks where the whole does not fit.",
     ),
     flag(
         "Validation",

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from compressor.cli import options
 from compressor.cli.sections import SectionedCommand
+
+if TYPE_CHECKING:  # they load torch, which waits for the lock
+    from compressor.progress import Progress
+    from compressor.recipe import Recipe
 
 GATE_FAILED = 4
 
@@ -16,6 +22,7 @@ GATE_FAILED = 4
 @click.argument("model")
 @options.output_options
 @options.resume_option
+@options.dry_run_option
 @options.recipe_options
 @options.settings(
     options.PRUNING,
@@ -27,6 +34,7 @@ GATE_FAILED = 4
 )
 @options.device_option
 @options.activation_memory_option
+@options.max_device_memory_option
 @options.model_options
 @options.no_validate_option
 @options.validation_options
@@ -44,6 +52,7 @@ def command(
     quiet: bool,
     no_validate: bool,
     resume: str,
+    dry_run: bool,
     **choices: Any,
 ) -> int:
     """Prune MODEL, repair it block by block, export it and prove the file right.
@@ -60,6 +69,9 @@ def command(
         from compressor.recipe_file import read_recipe
 
         chosen = read_recipe(recipe, settings)
+        if dry_run:
+            session.result(_estimate(model, out, chosen, force, as_json, session.progress, choices))
+            return 0
         may_be_done = resume != "never" and not force
         reserved = reserve_output(out, force, model=model, may_be_done=may_be_done)
         with stop_between_blocks(session.display.line) as stop, reserved:
@@ -79,3 +91,27 @@ def command(
         text = result_text(result.report, result.out, result.html_path, as_json=as_json, quiet=quiet)
         session.result(text, result.report["notices"])
     return GATE_FAILED if result.passed is False else 0
+
+
+# Choices of the validation, which an estimate has nothing to do with.
+_OF_VALIDATION = ("provider", "parity", "require")
+
+
+def _estimate(
+    model: str,
+    out: str,
+    recipe: Recipe,
+    force: bool,
+    as_json: bool,
+    progress: Progress,
+    choices: Mapping[str, Any],
+) -> str:
+    """What a dry run prints on stdout; raises where the run does not fit."""
+    from compressor.cli.estimate_text import estimate_text
+    from compressor.dry_run import estimate_run
+    from compressor.estimating import refuse_misfits
+
+    given = {key: value for key, value in choices.items() if key not in _OF_VALIDATION}
+    estimate = estimate_run(model, out, recipe, force=force, progress=progress, **given)
+    refuse_misfits(estimate)
+    return json.dumps({"estimate": estimate.tree()}, indent=1) if as_json else estimate_text(estimate)

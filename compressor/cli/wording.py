@@ -8,6 +8,7 @@ from compressor.progress import (
     BlockProgress,
     CellFinished,
     CellProgress,
+    EstimateReady,
     Event,
     FinetuningFinished,
     FinetuningProgress,
@@ -38,6 +39,8 @@ def describe(event: Event) -> list[str]:
                 event.role, f"{event.source}, {event.windows} windows × {event.window_tokens} tokens{kept}"
             )
         ]
+    if isinstance(event, EstimateReady):
+        return [labelled("estimate", event.resources), labelled("", event.time)]
     if isinstance(event, LearningRateChosen):
         tried = ", ".join(number(lr, 3) for lr in event.tried)
         return [labelled("learning rate", f"{number(event.lr, 3)}, best of {tried} on held-out windows")]

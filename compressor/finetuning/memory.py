@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from compressor.devices import free_device_bytes
 from compressor.finetuning.losses import LOGITS
 from compressor.finetuning.sparse_model import KEPT_ACTIVATIONS_BYTES, kept_bytes_per_token
 
@@ -69,6 +70,6 @@ def room_for(
     if runs_dense:
         needed += _BYTES_PER_DENSE_PARAMETER * parameters + passed_on
     if device.type == "cuda":
-        return Room(needed, torch.cuda.mem_get_info(device)[0])
+        return Room(needed, free_device_bytes(device))
     streams = 2 * 4 * stored_tokens * hidden_size  # the sparse path's and the dense path's
     return Room(needed + streams + KEPT_ACTIVATIONS_BYTES, free_host_bytes)

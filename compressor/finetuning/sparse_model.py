@@ -57,6 +57,7 @@ class SparseModel:
         vocab_size: V.
         device: Where all of it computes.
         amp_dtype: bfloat16 or float16 for mixed precision, ``None`` for float32.
+        micro_batch: Windows that go through the blocks at once; ``None`` for whole batches.
     """
 
     blocks: Sequence[nn.Module]
@@ -71,6 +72,7 @@ class SparseModel:
     vocab_size: int
     device: torch.device
     amp_dtype: torch.dtype | None = None
+    micro_batch: int | None = None
 
     def together(self) -> nn.ModuleList:
         """All blocks as one module; a parameter of block 3 is ``3.<path>``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from compressor.recovery.frozen_masks import FrozenMasks
 from compressor.recovery.heldout import BestWeights
 from compressor.recovery.lr_probe import climb, log_ratio
 from compressor.recovery.precision import autocast, deterministic, random_state
-from compressor.recovery.training import Batches, Course, Task, train, trainable
+from compressor.recovery.training import Batches, Course, Task, parts_of, train, trainable
 from compressor.sparsity import Mask
 from compressor.streams import in_order, prefetched
 
@@ -180,6 +180,7 @@ class _Tuning:
             zero_gradients=self._parametrisation.zero_gradients,
             device=self._model.device,
             amp_dtype=self._model.amp_dtype,
+            micro_batch=self._model.micro_batch,
         )
         trial = best is None
 
@@ -219,32 +220,63 @@ class _Tuning:
         total = torch.zeros((), dtype=torch.float64, device=self._model.device)
         self._parametrisation.train(False)
         with torch.no_grad():
-            for rows, loss in zip(batches, self._losses(windows, batches), strict=True):
-                total += loss * len(rows)
+            losses = self._losses(windows, batches)
+            for rows in batches:
+                for _ in parts_of(rows, self._model.micro_batch):
+                    total += next(losses) * len(rows)
         self._parametrisation.train(True)
         return float(total) / max(1, len(windows))
 
     def _losses(self, windows: Windows, batches: Batches, noise: float = 0.0) -> Iterator[Tensor]:
-        """The objective of each batch, in float32, with a share of the tokens exchanged."""
-        model, objective = self._model, self._objective
+        """The objective of each part of each batch, in float32, with a share of the tokens exchanged.
+
+        The parts of a batch add up to its objective: what is divided by is the whole batch's.
+        """
         for clean, dense in _batches(windows, batches):
-            ids = with_noise(clean, noise, windows.ids).to(model.device)
-            with autocast(model):
-                states = hidden_states(model, self._parametrisation.blocks, ids, recompute=self._recompute)
-                wanted = self._dense_states(ids)
-                loss = states[-1].new_zeros(())
-                if objective.ce or objective.kd:
-                    loss = token_loss(
-                        objective,
-                        model.head,
-                        states[-1],
-                        wanted[-1] if wanted else dense,
-                        ids,
-                        vocab_size=model.vocab_size,
-                    )
-                if objective.sq:
-                    loss = loss + objective.sq * squarehead(states, wanted)
-            yield loss
+            ids = with_noise(clean, noise, windows.ids).to(self._model.device)
+            parts = [
+                slice(part[0], part[-1] + 1) for part in parts_of(range(len(ids)), self._model.micro_batch)
+            ]
+            if len(parts) == 1:
+                yield self._loss(ids, dense)
+                continue
+            powers = self._dense_powers([ids[part] for part in parts])
+            for part in parts:
+                loss = self._loss(ids[part], None if dense is None else dense[part], powers)
+                yield loss * (len(ids[part]) / len(ids))
+
+    def _loss(self, ids: Tensor, dense: Tensor | None, powers: Sequence[Tensor] | None = None) -> Tensor:
+        """The objective over ``ids`` (B, T); ``dense`` and ``powers``: see ``token_loss`` and ``squarehead``."""
+        model, objective = self._model, self._objective
+        with autocast(model):
+            states = hidden_states(model, self._parametrisation.blocks, ids, recompute=self._recompute)
+            wanted = self._dense_states(ids)
+            loss = states[-1].new_zeros(())
+            if objective.ce or objective.kd:
+                loss = token_loss(
+                    objective,
+                    model.head,
+                    states[-1],
+                    wanted[-1] if wanted else dense,
+                    ids,
+                    vocab_size=model.vocab_size,
+                )
+            if objective.sq:
+                loss = loss + objective.sq * squarehead(states, wanted, powers)
+        return loss
+
+    def _dense_powers(self, parts: Sequence[Tensor]) -> list[Tensor] | None:
+        """Mean square of each layer of the dense model over a batch in parts (B, T); none where it is not asked for."""
+        if not self._objective.sq:
+            return None
+        rows = sum(len(part) for part in parts)
+        powers: list[Tensor] = []
+        for part in parts:
+            with autocast(self._model):
+                states = self._dense_states(part)
+            own = [state.float().square().mean() * (len(part) / rows) for state in states]
+            powers = [before + more for before, more in zip(powers, own, strict=True)] if powers else own
+        return powers
 
     def _dense_states(self, ids: Tensor) -> list[Tensor]:
         """The dense model's hidden states; none where no layer is compared."""
@@ -266,7 +298,8 @@ def _recomputes(model: SparseModel, batch_size: int) -> bool:
     """Whether blocks run a second time in the backward pass; see ``KEPT_ACTIVATIONS_BYTES``."""
     if model.device.type == "cuda":
         return True
-    tokens = min(batch_size, len(model.training)) * model.training.ids.shape[1]
+    windows = min(batch_size, len(model.training), model.micro_batch or batch_size)
+    tokens = windows * model.training.ids.shape[1]
     return tokens * kept_bytes_per_token(model.blocks) > KEPT_ACTIVATIONS_BYTES
 
 

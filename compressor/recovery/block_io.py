@@ -32,6 +32,7 @@ class BlockIO:
         dense_inputs: What the dense model has before this block, (N, T, D), where the targets are its own and a
             method looks inside the block.
         heldout_dense_inputs: The same for the held-out windows, (H, T, D).
+        micro_batch: Windows that go through the block at once in training and selection; ``None`` for whole batches.
     """
 
     inputs: Activations
@@ -47,6 +48,11 @@ class BlockIO:
     load_dense: Callable[[], nn.Module] | None = None
     dense_inputs: Activations | None = None
     heldout_dense_inputs: Activations | None = None
+    micro_batch: int | None = None
+
+    def at_once(self, batch_size: int) -> int:
+        """Windows that go through the block at once."""
+        return batch_size if self.micro_batch is None else min(batch_size, self.micro_batch)
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def _tune_halves(
         if progress is not None:
             progress(len(done) * steps + step, 2 * steps)
 
-    for half in halves(block, io, weights, recipe.batch_size):
+    for half in halves(block, io, weights, io.at_once(recipe.batch_size)):
         loss, start, _ = step_0(block, half.io, recipe)
         best = BestWeights(half.weights, start)
         done.append(

@@ -57,8 +57,11 @@ class Stepper:
         self._scaler = torch.amp.GradScaler(precision.device.type, enabled=enabled)
 
     def backward(self, loss: Tensor) -> None:
-        """Set the gradients of ``loss``, in true units."""
+        """Add the gradients of ``loss``, which still carry the loss scale."""
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def unscale(self) -> None:
+        """Bring the gradients into true units; once for each step, before :meth:`step`."""
         self._scaler.unscale_(self._optimizer)
 
     def step(self, lr: float) -> None:

@@ -28,7 +28,7 @@ from compressor.errors import InputRefused
 from compressor.recipe import RecoveryRecipe
 from compressor.recovery.block_io import BlockIO
 from compressor.recovery.precision import autocast
-from compressor.recovery.training import Batches, Task
+from compressor.recovery.training import Batches, Task, parts_of
 from compressor.streams import Activations, in_order, prefetched
 
 QUIETEST = 1e-6  # share of power; a token below it counts as if it were there, so that g is at most 1000
@@ -64,7 +64,7 @@ class ReconstructionLoss:
     def heldout(self, block: nn.Module, io: BlockIO, batch_size: int) -> float:
         """The loss without ``scale`` over all held-out windows; sums in float64."""
         total, elements = torch.zeros((), dtype=torch.float64, device=io.device), 0
-        batches = in_order(len(io.heldout_inputs), batch_size)
+        batches = in_order(len(io.heldout_inputs), io.at_once(batch_size))
         with torch.no_grad():
             for hidden, target in prefetched([io.heldout_inputs, io.heldout_targets], batches):
                 with autocast(io):
@@ -149,10 +149,13 @@ def reconstruction_task(
     """
 
     def losses(batches: Batches) -> Iterator[Tensor]:
-        for hidden, target in prefetched([io.inputs, io.targets], batches):
+        parts = [(part, len(part) / len(rows)) for rows in batches for part in parts_of(rows, io.micro_batch)]
+        read = prefetched([io.inputs, io.targets], [part for part, _ in parts])
+        for (_, share), (hidden, target) in zip(parts, read, strict=True):
             with autocast(io):
                 output = io.forward(block, hidden)
-            yield loss.training(output, target)
+            whole = loss.training(output, target)
+            yield whole if share == 1 else share * whole
 
     return Task(
         weights=weights,
@@ -163,4 +166,5 @@ def reconstruction_task(
         device=io.device,
         amp_dtype=io.amp_dtype,
         scale=loss.scale,
+        micro_batch=io.micro_batch,
     )

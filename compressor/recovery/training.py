@@ -14,7 +14,7 @@ from compressor.recipe import TrainingRecipe
 from compressor.recovery.heldout import BestWeights
 from compressor.recovery.precision import Stepper
 from compressor.recovery.schedule import learning_rate_factor
-from compressor.streams import shuffled
+from compressor.streams import in_order, shuffled
 
 Batches = Sequence[Sequence[int]]
 
@@ -26,13 +26,14 @@ class Task:
     Attributes:
         weights: The leaves that move, float32.
         windows: Training windows.
-        losses: Given the rows of each batch, the loss of each in turn, computed when it is asked for, with
-            gradients.
+        losses: Given the rows of each batch, the loss of each of their parts (``parts_of``) in turn, computed when
+            it is asked for, with gradients; the parts of a batch add up to its loss.
         heldout: The held-out loss of the weights as they are.
         zero_gradients: Called after each backward pass: sets the gradients of masked weights to 0.
         device: Where the losses are.
         amp_dtype: bfloat16 or float16 for mixed precision, ``None`` for float32.
         scale: The losses are this often too large; what is reported is divided by it.
+        micro_batch: Windows that go through at once; ``None`` for whole batches.
     """
 
     weights: Sequence[nn.Parameter]
@@ -43,6 +44,7 @@ class Task:
     device: torch.device
     amp_dtype: torch.dtype | None = None
     scale: float = 1.0
+    micro_batch: int | None = None
 
 
 @dataclass
@@ -81,14 +83,19 @@ def train(
     for _ in range(recipe.epochs):
         summed = torch.zeros((), dtype=torch.float64, device=task.device)
         batches = shuffled(task.windows, recipe.batch_size, generator)
-        for rows, loss in zip(batches, task.losses(batches), strict=True):
-            stepper.backward(loss)
+        losses = task.losses(batches)
+        for rows in batches:
+            for _ in parts_of(rows, task.micro_batch):
+                loss = next(losses)
+                stepper.backward(loss)
+                summed += loss.detach() * (len(rows) / task.windows / task.scale)
+            stepper.unscale()
             task.zero_gradients()
             stepper.step(lr * learning_rate_factor(course.steps, total, recipe.schedule, recipe.warmup))
-            summed += loss.detach() * (len(rows) / task.windows / task.scale)
             course.steps += 1
             if progress is not None:
                 progress(course.steps, total)
+        assert next(losses, None) is None  # asked for to let go of the last batch, too
         course.heldout = task.heldout()
         trained = float(summed)
         if not math.isfinite(trained) or not math.isfinite(course.heldout):
@@ -98,6 +105,13 @@ def train(
         if best is not None:
             best.offer(course.heldout, course.steps)
     return course
+
+
+def parts_of(rows: Sequence[int], micro_batch: int | None) -> list[Sequence[int]]:
+    """The rows of a batch in parts of at most ``micro_batch``, whose gradients add up; ``None`` does not split."""
+    if micro_batch is None or micro_batch >= len(rows):
+        return [rows]
+    return [rows[part.start : part.stop] for part in in_order(len(rows), micro_batch)]
 
 
 def adamw(weights: Sequence[nn.Parameter], recipe: TrainingRecipe, lr: float) -> torch.optim.Optimizer:

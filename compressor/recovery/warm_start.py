@@ -49,7 +49,7 @@ def warm_start(block: nn.Module, masks: Mapping[str, Mask], io: BlockIO, recipe:
     matrices = [matrix for matrix in io.matrices if matrix.parameter in masks]
     grams = BlockStatistics(Gram, {m.name: m.of(dense).shape[1] for m in matrices}, io.device)
     with torch.no_grad(), observe_inputs(dense, matrices, grams.receive):
-        for (hidden,) in prefetched([io.inputs], in_order(len(io.inputs), recipe.batch_size)):
+        for (hidden,) in prefetched([io.inputs], in_order(len(io.inputs), io.at_once(recipe.batch_size))):
             io.forward(dense, hidden)
     grams.finish()
     for matrix in matrices:

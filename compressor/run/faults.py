@@ -2,7 +2,8 @@
 
 ``BLOCKPRESS_FAULT=POINT:ACTION`` or ``POINT#N:ACTION``, the N-th time that the point is reached. Actions: ``kill`` ends
 the program as ``kill -9`` does, ``pause`` stops it until it gets SIGCONT, ``enospc`` raises the error of a full disk,
-``interrupt`` sends SIGINT to the program.
+``oom`` that of a device without memory, ``interrupt`` sends SIGINT to the program. ``POINT#N+:ACTION`` is the N-th time
+and every one after it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ POINTS = (
     "publish: after",
 )
 
+# Where the device's memory can run out in training.
+MEMORY_POINTS = ("repair: before", "repair: after a step", "tuning: before", "tuning: after a step")
+
 _reached: dict[str, int] = {}
 
 
@@ -36,9 +40,10 @@ def reach(point: str) -> None:
 
     Raises:
         OSError: ENOSPC, where the action is ``enospc``.
-        ValueError: ``point`` is none of ``POINTS``.
+        torch.OutOfMemoryError: Where the action is ``oom``.
+        ValueError: ``point`` is none of ``POINTS`` and ``MEMORY_POINTS``.
     """
-    if point not in POINTS:
+    if point not in POINTS + MEMORY_POINTS:
         raise ValueError(f"no such point: {point!r}")
     asked = os.environ.get(VARIABLE)
     if not asked:
@@ -48,7 +53,8 @@ def reach(point: str) -> None:
     if name != point:
         return
     _reached[point] = _reached.get(point, 0) + 1
-    if _reached[point] == int(number or 1):
+    first = int(number.removesuffix("+") or 1)
+    if _reached[point] == first or (number.endswith("+") and _reached[point] > first):
         _go_wrong(action)
 
 
@@ -56,6 +62,10 @@ def _go_wrong(action: str) -> None:
     signals = {"kill": "SIGKILL", "pause": "SIGSTOP", "interrupt": "SIGINT"}
     if action in signals:
         os.kill(os.getpid(), getattr(signal, signals[action]))
+    elif action == "oom":
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory, on demand")
     elif action == "enospc":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     else:
