@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from exporters.errors import ExportError
+from exporters.plain_files import read_plain
 
 SCHEMA = 1
 _MAX_MANIFEST_BYTES = 256 * 2**20
@@ -193,7 +194,7 @@ def _hash_file(folder: Path, name: str, expected_bytes: int | None = None) -> Fi
         message = f"{name!r}: a file name must be relative and inside the folder"
         return FileProblem(name, "E-MANIFEST-FILE-UNSAFE", message)
     path = folder.joinpath(*relative.parts)
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         return FileProblem(name, "E-MANIFEST-FILE-UNSAFE", f"{name}: a link that leads out of {folder}")
     try:
         # Without O_NONBLOCK, opening a named pipe would wait for a writer.
@@ -223,15 +224,13 @@ def _hash_stream(stream: BinaryIO) -> tuple[str, int]:
 def _read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``."""
     try:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ExportError(
                 "E-MANIFEST-MISSING",
                 f"{path}: no manifest there",
                 "keep the .manifest.json beside the model, or export again",
             )
-        if path.stat().st_size > _MAX_MANIFEST_BYTES:
-            raise _unreadable(path, f"larger than {_MAX_MANIFEST_BYTES} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_plain(path, _MAX_MANIFEST_BYTES).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, str(error)) from error
     if not isinstance(content, dict):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import re
 import signal
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from compressor.cli.terminal import bold_red, printable
+from compressor.cli.terminal import bold_red, json_text, printable
 from exporters.errors import ReportedError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -112,7 +111,7 @@ def print_failure(failure: Failure, *, as_json: bool) -> None:
     """Print the failure: one JSON object on stdout, or three lines on stderr."""
     with contextlib.suppress(OSError, ValueError):
         if as_json:
-            sys.stdout.write(json.dumps({"error": asdict(failure)}, ensure_ascii=False) + "\n")
+            sys.stdout.write(json_text({"error": asdict(failure)}, None) + "\n")
             return
         print(f"{bold_red(failure.id, sys.stderr)}  {failure.message}", file=sys.stderr)
         print(f"  do this: {failure.remedy}", file=sys.stderr)

@@ -15,6 +15,7 @@ from typing import Any
 
 from compressor.errors import InputRefused
 from compressor.models.config_file import read_json_object
+from compressor.models.folder_files import is_plain_name
 
 __all__ = [
     "PICKLE_SUFFIXES",
@@ -213,13 +214,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputRefused("E-WEIGHTS-INDEX", f"{path.name} has no weight_map", "fetch the model again")
     for name, shard in weight_map.items():
-        inside = (
-            isinstance(shard, str)
-            and shard == Path(shard).name
-            and "\\" not in shard
-            and shard not in ("", "..")
-        )
-        if not inside or not shard.endswith(".safetensors"):
+        if not is_plain_name(shard) or not shard.endswith(".safetensors"):
             raise InputRefused(
                 "E-WEIGHTS-INDEX",
                 f"{path.name} places {name} in {str(shard)[:80]!r}, which is no safetensors file beside it",
