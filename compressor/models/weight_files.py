@@ -190,7 +190,7 @@ def _checked_entry(path: Path, name: str, entry: Any) -> tuple[StoredTensor, tup
     fields = entry if isinstance(entry, dict) else {}
     dtype = fields.get("dtype")
     shape, offsets = _counts(fields.get("shape")), _counts(fields.get("data_offsets"))
-    if dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         raise _bad_header(path, f"{name} has the unknown dtype {str(dtype)[:40]!r}")
     if shape is None or offsets is None or len(offsets) != 2:
         raise _bad_header(path, f"{name} has no valid shape and data_offsets")
