@@ -20,10 +20,16 @@ def read_plain(path: Path, limit_bytes: int) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except ValueError as error:  # a NUL in the path, or half a character
         raise OSError(str(error)) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # first: no stream can be made of a folder
+        os.close(descriptor)
+        raise OSError("not a regular file")
     with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError("not a regular file")
         content = stream.read(limit_bytes + 1)  # files below /proc tell no size
     if len(content) > limit_bytes:
         raise OSError(f"larger than {limit_bytes} bytes")
     return content
+
+
+def is_spelled(name: str) -> bool:
+    """Whether ``name`` holds whole characters only; JSON can spell half of one, which no file's name has."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in name)

@@ -20,7 +20,7 @@ from compressor.errors import OutputRefused
 from compressor.run.atomic import flush_folder
 from compressor.run.faults import reach
 from compressor.run.output import STAGING_INSIDE, OutputPlan, check_free
-from exporters.plain_files import read_plain
+from exporters.plain_files import is_spelled, read_plain
 
 JOURNAL = "journal.json"
 _MAX_JOURNAL_BYTES = 2**24
@@ -150,7 +150,7 @@ def _is_product(name: str, plan: OutputPlan) -> bool:
     """Whether a journal may name it: of an output that is a file the products are known, of a folder any file."""
     if plan.is_file:
         return name in {path.name for path in plan.products}
-    return Path(name).name == name and name not in ("", "..") and "\0" not in name
+    return Path(name).name == name and name not in ("", "..") and "\0" not in name and is_spelled(name)
 
 
 def _staging_roots(plan: OutputPlan) -> tuple[Path, ...]:
@@ -172,7 +172,7 @@ def _leaving(plan: OutputPlan, coming: list[str]) -> list[str]:
 def _roll_forward(root: Path, folder: Path, leaving: list[str], coming: list[str]) -> None:
     """Move the old products aside, then the new ones in. Running it again after any stop ends the same."""
     for name in leaving:
-        if not os.path.lexists(root / "old" / name):
+        if not os.path.lexists(root / "old" / name) and os.path.lexists(folder / name):
             _move(folder / name, root / "old" / name)
     reach("publish: between two moves")
     for name in coming:
