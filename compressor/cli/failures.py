@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from compressor.cli.terminal import bold_red, json_text, printable
+from compressor.run.logs import redacted
 from exporters.errors import ReportedError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -42,7 +43,12 @@ class Failure:
 def describe_failure(error: BaseException) -> Failure:
     """The text and the exit code for any exception; one that nobody foresaw is traced in the log file."""
     if isinstance(error, ReportedError):
-        return Failure(error.error_id, printable(error.message), printable(error.remedy), error.exit_code)
+        return Failure(
+            error.error_id,
+            printable(redacted(error.message)),
+            printable(redacted(error.remedy)),
+            error.exit_code,
+        )
     if isinstance(error, click.UsageError):
         path = error.ctx.command_path if error.ctx is not None else "compress"
         return Failure("E-USAGE", _one_line(error.format_message()), f"see {path} --help", 2)
@@ -103,7 +109,7 @@ def _log_traceback(error: BaseException) -> Path | None:
 
 
 def _one_line(text: str) -> str:
-    line = printable(" ".join(text.split()))
+    line = printable(redacted(" ".join(text.split())))
     return line if len(line) <= 500 else f"{line[:497]}..."
 
 
