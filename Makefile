@@ -41,9 +41,9 @@ test: $(INSTALLED)
 faults: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python tests/faults/kill_runs.py --moments 200
 
-# Ten thousand mutated files of each format that the program reads.
+# Ten thousand mutated files of each format that the program reads, and two hundred by the real command: hours.
 fuzz: $(INSTALLED)
-	$(ONE_THREAD) $(BIN)/python tests/fuzz/fuzzing.py --mutations 10000
+	$(ONE_THREAD) $(BIN)/python tests/fuzz/fuzzing.py --mutations 10000 --commands 200
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -8,7 +8,8 @@ import pytest
 from bad_bench import check_text, nothing_changes, open_bench, time_limit
 from bad_inputs import Bench
 from cli_fakes import Terminal
-from hostile_cases import CASES, HostileCase
+from hostile_cases import HostileCase
+from hostile_commands import CASES
 from workshop import Workshop
 
 
