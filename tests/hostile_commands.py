@@ -1,4 +1,4 @@
-"""More that can be wrong: what lies in an output's hidden places, grids of comparisons, exports with links and pipes."""
+"""More that can be wrong: hidden places of an output, grids of comparisons, exports with links and pipes."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_canary_in_a_models_folder_is_not_run(bench: Bench, canary: Path, tmp_pa
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr

@@ -25,7 +25,7 @@ def bench(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_hostile_case_is_refused(capsys: pytest.CaptureFixture[str], bench: Bench, case: HostileCase) -> None:
     """Each ends with its id and exit code in two lines; every file, and every folder, stays as it was."""
     case.spoil(bench)
-    with nothing_changes(bench), time_limit(60):
+    with nothing_changes(bench), time_limit(200):
         ended = Terminal(capsys).run(*case.command_line(bench), "-q")
     check_text(ended, (case.error_id, case.exit_code), case.says)
     assert "the secret" not in ended.err

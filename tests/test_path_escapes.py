@@ -157,7 +157,7 @@ def test_name_leads_nowhere(tmp_path: Path, name: str) -> None:
         home = make_home(tmp_path / str(number))
         canary = home.parent / CANARY
         filled = NAMES[name].replace("{canary}", str(canary)).replace("{home}", str(home))
-        with time_limit(10), nothing_outside(home):
+        with time_limit(30), nothing_outside(home):
             refused = read(home, filled.replace("{name}", home.name))
         assert refused is not None, reader
         assert canary.read_bytes() == CANARY_BYTES, reader
@@ -170,7 +170,7 @@ def test_thing_in_the_place_of_a_file_is_not_read(tmp_path: Path, thing: str) ->
     for number, reader in enumerate(("initializer", "sparse initializer", "constant", "manifest", "commit")):
         home = make_home(tmp_path / str(number))
         THINGS[thing](home / FILE, home.parent / CANARY)
-        with time_limit(10), nothing_outside(home):
+        with time_limit(30), nothing_outside(home):
             assert READERS[reader](home, FILE) is not None, reader
 
 
@@ -179,7 +179,7 @@ def test_thing_in_the_place_of_a_list_is_refused(home: Path, thing: str) -> None
     """The same where manifest, report, masks, model or commit themselves should lie, which may be links."""
     place = home / "00001.json"
     THINGS[thing](place, home.parent / CANARY)
-    with time_limit(10):
+    with time_limit(30):
         for read in (read_manifest, read_report, read_masks, read_model):
             assert refusal(lambda read=read: read(place)) is not None, read
         assert list(StateFolder(home).commits()) == [None]
@@ -190,7 +190,7 @@ def test_thing_in_the_place_of_a_list_is_refused(home: Path, thing: str) -> None
 def test_thing_in_a_models_folder_is_not_read(home: Path, name: str, thing: str) -> None:
     """A model's folder with a link that leads out, a pipe or a socket among its files is not opened."""
     THINGS[thing](home / name, home.parent / CANARY)
-    with time_limit(10), nothing_outside(home):
+    with time_limit(30), nothing_outside(home):
         refused = refusal(lambda: open_checkpoint(home))
     assert refused in ("E-MODEL-FILE-ESCAPES", "E-MODEL-NOT-FOUND")
     assert refused == "E-MODEL-FILE-ESCAPES" or thing in ("folder", "link in a circle")
