@@ -185,7 +185,7 @@ def _usage_error(error: ValidationError, origin: str, given: Collection[str] = (
     key = ".".join(place)
     on_top = any(key == one or key.startswith(f"{one}.") for one in given)
     where = "" if on_top else f"{origin}: "
-    if first["type"] in ("extra_forbidden", "invalid_key"):
+    if first["type"] == "extra_forbidden":
         return UsageError("E-RECIPE-KEY", f"{where}unknown key {key}", _suggestion(key, known))
     if key == "pruning.sparsity":
         return UsageError(

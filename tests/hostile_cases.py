@@ -371,7 +371,7 @@ def _recipes() -> Iterator[HostileCase]:
     yield bad("of an object of Python", "E-RECIPE-SYNTAX", "tags", "!!python/object:os.stat_result {}\n")
     yield bad("that includes a file", "E-RECIPE-SYNTAX", "tags", "seed: !include /etc/passwd\n")
     yield bad("with a list as key", "E-RECIPE-SYNTAX", "r.yaml", "? [1, 2]\n: 3\n")
-    yield bad("with a number as key", "E-RECIPE-KEY", "5", "5: 3\n")
+    yield bad("with a number as key", "E-RECIPE-VALUE", "5: ", "5: 3\n")
     yield bad("with bytes as value", "E-RECIPE-VALUE", "seed", "seed: !!binary aGVsbG8=\n")
     yield bad("of a megabyte", "E-RECIPE-SYNTAX", "larger", f"# {'x' * 2**20}\nseed: 1\n")
     yield bad("with a long value", "E-RECIPE-VALUE", "...", f"seed: {'x' * 5000}\n")
