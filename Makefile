@@ -53,9 +53,10 @@ test: $(RUNTIME)
 faults: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python tests/faults/kill_runs.py --moments 200
 
-# Ten thousand mutated files of each format that the program reads; twenty thousand matrices for the runtime's kernels.
+# Ten thousand mutated files of each format that the program reads, and two hundred by the real command: hours. Then twenty
+# thousand matrices for the runtime's kernels.
 fuzz: $(INSTALLED)
-	$(ONE_THREAD) $(BIN)/python tests/fuzz/fuzzing.py --mutations 10000
+	$(ONE_THREAD) $(BIN)/python tests/fuzz/fuzzing.py --mutations 10000 --commands 200
 	$(BIN)/cmake -S runtime -B build/driver -DBLOCKPRESS_DRIVER=ON
 	$(BIN)/cmake --build build/driver
 	build/driver/driver --rounds 20000

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from compressor.errors import UsageError
 from compressor.recipe import Recipe
+from compressor.yaml_text import read_yaml
 
 BUILT_IN_FOLDER = Path(__file__).parent / "recipes"
 
@@ -108,7 +109,7 @@ def _read_tree(source: str | Path) -> dict[str, Any]:
             )
         path = known[str(source)]
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path)
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         first = " ".join(str(error).split())
         raise UsageError(
@@ -189,13 +190,13 @@ def _usage_error(error: ValidationError, origin: str, given: Collection[str] = (
     if key == "pruning.sparsity":
         return UsageError(
             "E-SPARSITY-RANGE",
-            f"{where}sparsity must be between 0 and 1, both excluded; got {first['input']}",
+            f"{where}sparsity must be between 0 and 1, both excluded; got {_shown(str(first['input']))}",
             "give a share such as 0.5 for 50 %",
         )
     if first["type"] == "string_pattern_mismatch" and key == "pruning.pattern":
         return UsageError(
             "E-PATTERN-SYNTAX",
-            f"{where}a pattern is N:M, two whole numbers; got {first['input']!r}",
+            f"{where}a pattern is N:M, two whole numbers; got {_shown(repr(first['input']))}",
             "give a pattern such as 2:4",
         )
     if first["type"] == "value_error" and key == "pruning":
@@ -204,9 +205,13 @@ def _usage_error(error: ValidationError, origin: str, given: Collection[str] = (
         )
     return UsageError(
         "E-RECIPE-VALUE",
-        f"{where}{key}: {first['msg']}; got {first['input']!r}",
+        f"{where}{key}: {first['msg']}; got {_shown(repr(first['input']))}",
         "see recipes/default.yaml for each key's range",
     )
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _suggestion(key: str, known: Sequence[str]) -> str:

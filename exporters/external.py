@@ -96,7 +96,7 @@ def _contained(tensor: str, location: str, folder: Path) -> Path:
     if not location or relative.is_absolute() or ".." in parts or any(sign in location for sign in "\\:\0"):
         raise _escapes(tensor, f"{location!r} is no relative path inside the folder")
     path = folder.joinpath(*relative.parts)
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise _escapes(tensor, f"{path} is a link that leads out of {folder}")
     return path
 

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from exporters.errors import ExportError
+from exporters.plain_files import is_spelled, read_plain
 
 SCHEMA = 1
 _MAX_MANIFEST_BYTES = 256 * 2**20
@@ -189,21 +190,23 @@ def check_files(manifest: Manifest, folder: Path) -> list[FileProblem]:
 def _hash_file(folder: Path, name: str, expected_bytes: int | None = None) -> FileRow | FileProblem:
     """The file's row, or why there is none; a size other than ``expected_bytes`` spares the reading."""
     relative = PurePosixPath(name)
-    if not name or relative.is_absolute() or ".." in relative.parts or any(sign in name for sign in "\\:\0"):
+    unsafe = any(sign in name for sign in "\\:\0") or not is_spelled(name)
+    if not name or relative.is_absolute() or ".." in relative.parts or unsafe:
         message = f"{name!r}: a file name must be relative and inside the folder"
         return FileProblem(name, "E-MANIFEST-FILE-UNSAFE", message)
     path = folder.joinpath(*relative.parts)
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         return FileProblem(name, "E-MANIFEST-FILE-UNSAFE", f"{name}: a link that leads out of {folder}")
     try:
         # Without O_NONBLOCK, opening a named pipe would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
         return FileProblem(name, "E-MANIFEST-FILE-MISSING", f"{name}: {error.strerror or error} in {folder}")
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):  # first: no stream can be made of a folder
+        os.close(descriptor)
+        return FileProblem(name, "E-MANIFEST-FILE-UNSAFE", f"{name}: not a regular file")
     with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(stream.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            return FileProblem(name, "E-MANIFEST-FILE-UNSAFE", f"{name}: not a regular file")
         if expected_bytes is not None and status.st_size != expected_bytes:
             message = f"{name}: altered: {status.st_size} bytes, the manifest says {expected_bytes}"
             return FileProblem(name, "E-MANIFEST-FILE-ALTERED", message)
@@ -223,15 +226,13 @@ def _hash_stream(stream: BinaryIO) -> tuple[str, int]:
 def _read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``."""
     try:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ExportError(
                 "E-MANIFEST-MISSING",
                 f"{path}: no manifest there",
                 "keep the .manifest.json beside the model, or export again",
             )
-        if path.stat().st_size > _MAX_MANIFEST_BYTES:
-            raise _unreadable(path, f"larger than {_MAX_MANIFEST_BYTES} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_plain(path, _MAX_MANIFEST_BYTES).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, str(error)) from error
     if not isinstance(content, dict):

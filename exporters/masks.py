@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,8 @@ def read_masks(path: Path) -> MaskFile:
     Raises:
         ExportError: E-MASKS-UNREADABLE: the file is missing, damaged, or is not a masks file.
     """
+    if not os.path.isfile(path):  # a named pipe would wait for a writer
+        raise _unreadable(path, "no regular file is there")
     try:
         with safe_open(path, framework="numpy") as stored:
             header = json.loads((stored.metadata() or {})["shapes"])

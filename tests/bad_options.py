@@ -125,7 +125,9 @@ def _outputs() -> Iterator[BadInput]:
     yield out("no name", "E-OUTPUT-NAME", "names no file", "")
     yield out("only an ending", "E-OUTPUT-NAME", "names no file", "{home}/.onnx")
     yield out("parent with a line break", "E-OUTPUT-PARENT", r"x\ny", "{home}/x\ny/sparse.onnx")
-    yield out("name too long", "E-OUTPUT-NOT-WRITABLE", "shorter name", "{home}/out/" + 300 * "a" + ".onnx")
+    yield out(
+        "output of a long name", "E-OUTPUT-NOT-WRITABLE", "shorter name", "{home}/out/" + 300 * "a" + ".onnx"
+    )
 
 
 PRUNING = tuple(_pruning())

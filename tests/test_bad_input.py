@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from bad_bench import check_json, check_text, nothing_changes, open_bench
 from bad_exports import EXPORTS, BadExport, Refusal
 from bad_inputs import MODELS, TEXTS, BadInput, Bench
 from bad_options import OUTPUTS, PRUNING, SETTINGS
@@ -35,61 +30,14 @@ LATE = (
 
 @pytest.fixture
 def bench(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """A model, two texts and an older output, to be spoiled, beside an empty folder for temporary files."""
-    home = tmp_path / "bench"
-    shutil.copytree(workshop.model, home / "model")
-    shutil.copytree(workshop.file_output.out.parent, home / "out")
-    for text in (workshop.texts.calibration, workshop.texts.evaluation):
-        shutil.copy(text, home)
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    return Bench(home)
+    """A model, two texts and an older output, to be spoiled."""
+    return open_bench(workshop, tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def terminal(capsys: pytest.CaptureFixture[str]) -> Terminal:
     """Runs command lines in this process."""
     return Terminal(capsys)
-
-
-def contents(home: Path) -> dict[str, bytes | str]:
-    """Every entry below ``home``: bytes of a file, target of a link, kind of anything else."""
-    found: dict[str, bytes | str] = {}
-    for path in sorted(home.rglob("*")):
-        mode = path.lstat().st_mode
-        if stat.S_ISREG(mode):
-            found[str(path)] = path.read_bytes()
-        else:
-            found[str(path)] = str(path.readlink()) if stat.S_ISLNK(mode) else str(stat.S_IFMT(mode))
-    return found
-
-
-def check_text(ended: Ended, refusal: Refusal, says: str) -> None:
-    """Two lines on stderr: the id and what is wrong, and what to do; nothing on stdout."""
-    lines = ended.err.splitlines()
-    assert (lines[0].split("  ")[0], ended.code) == refusal, ended.err
-    assert len(lines) == 2, ended.err
-    assert lines[1].startswith("  do this: ")
-    assert says in ended.err
-    assert ended.out == ""
-
-
-def check_json(ended: Ended, refusal: Refusal) -> None:
-    """One object on stdout with the same."""
-    error = json.loads(ended.out)["error"]
-    assert error.keys() == {"id", "message", "remedy", "exit_code"}
-    assert (error["id"], error["exit_code"], ended.code) == (*refusal, refusal[1])
-    assert "Traceback" not in ended.err
-
-
-@contextmanager
-def nothing_changes(bench: Bench) -> Iterator[None]:
-    """Meanwhile no file of the bench is made, changed or removed, and none is left among the temporary ones."""
-    before = contents(bench.home)
-    yield
-    assert contents(bench.home) == before
-    assert os.listdir(tempfile.gettempdir()) == []
 
 
 @pytest.mark.parametrize("bad", RUN, ids=lambda bad: bad.name)

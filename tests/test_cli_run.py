@@ -299,6 +299,7 @@ def test_cli_run_bug_leaves_its_traceback_in_the_log(
     ended = terminal.run("run", "model", "--out", out, "-q")
     log = next((cache_of_its_own / "logs").glob("*-run.log"))
     assert f"do this: send the log file {log} with a report" in ended.err
+    assert "ZeroDivisionError: hf_*** and hf_***" in ended.err
     text = log.read_text()
     assert "Traceback" in text
     assert "ZeroDivisionError: hf_*** and hf_***" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,8 @@ def check_manifest(request: ValidationRequest) -> tuple[Manifest | None, Check]:
         return None, skipped("manifest", "the model came without a manifest")
     path, model_path = Path(request.manifest_path), Path(request.model_path)
     manifest = read_manifest(path)
-    listed = {(path.parent / row.name).resolve() for row in manifest.files}
-    if model_path.resolve() not in listed:
+    listed = {os.path.realpath(path.parent / row.name) for row in manifest.files}
+    if os.path.realpath(model_path) not in listed:
         raise manifest_mismatch(f"{model_path.name}: {path.name} is the manifest of another model")
     problems = check_files(manifest, path.parent)
     if problems:
@@ -78,9 +79,9 @@ def check_contents(manifest: Manifest, folder: Path, tensors: Mapping[str, Store
     Raises:
         ValidationError: E-MANIFEST-MISMATCH, naming the file or the tensor.
     """
-    hashed = {(folder / row.name).resolve() for row in manifest.files}
+    hashed = {os.path.realpath(folder / row.name) for row in manifest.files}
     for data_file in {path for tensor in tensors.values() for path in tensor.data_files}:
-        if data_file.resolve() not in hashed:
+        if os.path.realpath(data_file) not in hashed:
             raise manifest_mismatch(f"{data_file.name}: holds weights, but the manifest has no hash of it")
     for row in manifest.tensors:
         tensor = tensors.get(row.name)

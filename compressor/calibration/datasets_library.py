@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from compressor.calibration.dataset_folder import refuse_strays
 from compressor.errors import HubError, InputRefused, ReportedError, UsageError
 from compressor.fetching import came_from_network, hub_answer, shared_refusal
 
@@ -52,7 +53,7 @@ def read_dataset(request: DatasetRequest) -> DatasetText:
     """The text that the request names.
 
     Raises:
-        InputRefused: E-DATASET-SCRIPT, E-TEXT-NOT-FOUND, E-TEXT-NO-COLUMN.
+        InputRefused: E-DATASET-SCRIPT, E-DATASET-ESCAPES, E-TEXT-NOT-FOUND, E-TEXT-NO-COLUMN.
         UsageError: E-DATASET-CONFIG, E-DATASET-SPLIT.
         HubError: E-DATASET-NOT-FOUND, E-HUB-ACCESS, E-HUB-OFFLINE, E-HUB-UNREACHABLE.
         OutOfResources: E-DISK-FULL.
@@ -61,8 +62,10 @@ def read_dataset(request: DatasetRequest) -> DatasetText:
     import datasets
 
     folder = Path(os.path.expanduser(request.source))
-    if os.path.isdir(folder) and any(folder.glob("*.py")):
-        raise _script(request.source)
+    if os.path.isdir(folder):
+        if any(folder.glob("*.py")):
+            raise _script(request.source)
+        refuse_strays(folder)
     try:
         with _quiet():
             split, rows = _rows(datasets, request)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -213,6 +212,7 @@ def _text(result: ComparisonResult, *, as_json: bool, markdown: bool, quiet: boo
     """What is printed on stdout: the document, the tables in Markdown, or the tables as they fit the stream."""
     from compressor.cli.summary import shown_path
     from compressor.cli.table_lines import table_lines, task_lines
+    from compressor.cli.terminal import json_text
     from compressor.cli.wording import labelled
     from compressor.comparison.cells import target_label
     from compressor.comparison.markdown import markdown_text
@@ -222,7 +222,7 @@ def _text(result: ComparisonResult, *, as_json: bool, markdown: bool, quiet: boo
 
     comparison = result.comparison
     if as_json:
-        return json.dumps(comparison.tree(), indent=1, ensure_ascii=False)
+        return json_text(comparison.tree())
     if markdown:
         return markdown_text(comparison).rstrip()
     lines = [] if quiet else [f"dense model: {dense_sentence(comparison)}", ""]

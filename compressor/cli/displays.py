@@ -122,7 +122,9 @@ class LiveDisplay:
                 description=cell_number(event),
                 total=event.total,
                 completed=event.number - 1,
-                detail=" · ".join(part for part in (printable(event.label), event.detail, left) if part),
+                detail=" · ".join(
+                    part for part in (printable(event.label), printable(event.detail), left) if part
+                ),
             )
         elif isinstance(event, FinetuningProgress):
             self._progress.update(
@@ -137,7 +139,7 @@ class LiveDisplay:
         elif isinstance(event, StageStarted):
             self._settle_blocks()
             self._progress.remove_task(self._task)  # a new one, as a bar cannot be taken from a task again
-            self._task = self._progress.add_task(event.name, total=None, detail=event.detail)
+            self._task = self._progress.add_task(event.name, total=None, detail=printable(event.detail))
         else:
             for text in describe(event):
                 self._print(text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import re
 import signal
@@ -14,7 +13,8 @@ from pathlib import Path
 
 import click
 
-from compressor.cli.terminal import bold_red, printable
+from compressor.cli.terminal import bold_red, json_text, printable
+from compressor.run.logs import redacted
 from exporters.errors import ReportedError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -43,7 +43,12 @@ class Failure:
 def describe_failure(error: BaseException) -> Failure:
     """The text and the exit code for any exception; one that nobody foresaw is traced in the log file."""
     if isinstance(error, ReportedError):
-        return Failure(error.error_id, printable(error.message), printable(error.remedy), error.exit_code)
+        return Failure(
+            error.error_id,
+            printable(redacted(error.message)),
+            printable(redacted(error.remedy)),
+            error.exit_code,
+        )
     if isinstance(error, click.UsageError):
         path = error.ctx.command_path if error.ctx is not None else "compress"
         return Failure("E-USAGE", _one_line(error.format_message()), f"see {path} --help", 2)
@@ -104,7 +109,7 @@ def _log_traceback(error: BaseException) -> Path | None:
 
 
 def _one_line(text: str) -> str:
-    line = printable(" ".join(text.split()))
+    line = printable(redacted(" ".join(text.split())))
     return line if len(line) <= 500 else f"{line[:497]}..."
 
 
@@ -112,7 +117,7 @@ def print_failure(failure: Failure, *, as_json: bool) -> None:
     """Print the failure: one JSON object on stdout, or three lines on stderr."""
     with contextlib.suppress(OSError, ValueError):
         if as_json:
-            sys.stdout.write(json.dumps({"error": asdict(failure)}, ensure_ascii=False) + "\n")
+            sys.stdout.write(json_text({"error": asdict(failure)}, None) + "\n")
             return
         print(f"{bold_red(failure.id, sys.stderr)}  {failure.message}", file=sys.stderr)
         print(f"  do this: {failure.remedy}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -43,12 +42,13 @@ def command(path: str, as_json: bool, verbosity: int, quiet: bool) -> int:
     from compressor.cli.signals import stop_at_once
 
     with open_session("inspect", quiet=quiet, verbosity=verbosity) as session, stop_at_once():
+        from compressor.cli.terminal import json_text
         from exporters.inspect import inspect_model
 
         file = Path(path)
         inspection = inspect_model(file / "model.onnx" if os.path.isdir(file) else file)
         if as_json:
-            text = json.dumps(inspection.to_json(), indent=1, ensure_ascii=False)
+            text = json_text(inspection.to_json())
         else:
             rows = [] if quiet else [_table(inspection), "", *_notes()]
             text = "\n".join([*rows, *_totals(inspection)])

@@ -371,6 +371,7 @@ def recipe_overrides(
     import yaml
 
     from compressor.recipe_file import check_key
+    from compressor.yaml_text import yaml_value
 
     chosen: dict[str, Any] = dict(flags)
     if seed is not None:
@@ -387,7 +388,7 @@ def recipe_overrides(
                 "E-SET-TWICE", f"{key} is set twice", "give it once, by --set or by its own option"
             )
         try:
-            chosen[key] = yaml.safe_load(value)
+            chosen[key] = yaml_value(value)
         except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that there is not
             raise UsageError(
                 "E-SET-SYNTAX", f"--set {key}: {value!r} is no plain value", "quote it"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.cli.tasks import task_table
-from compressor.cli.terminal import bold_green, bold_red, bold_yellow, printable
+from compressor.cli.terminal import bold_green, bold_red, bold_yellow, json_text, printable
 from compressor.cli.wording import labelled
 from compressor.report.units import MISSING, byte_size, duration, number, percent
 
@@ -47,7 +46,7 @@ def verdict(passed: bool | None) -> str:
 def result_text(report: Mapping[str, Any], out: Path, html_path: Path, *, as_json: bool, quiet: bool) -> str:
     """What ``run`` and ``export`` print on stdout: the report document itself, or a summary of it."""
     if as_json:
-        return json.dumps(report, indent=1, ensure_ascii=False)
+        return json_text(report)
     return summarise_output(report, out, html_path, quiet=quiet)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from typing import IO
@@ -16,6 +17,16 @@ def printable(text: str) -> str:
     return "".join(
         sign if sign.isprintable() or sign == _THOUSANDS else sign.encode("unicode_escape").decode("ascii")
         for sign in text
+    )
+
+
+def json_text(tree: object, indent: int | None = 1) -> str:
+    """``tree`` as JSON that moves no cursor either: readable, but what is not printable as ``\\u`` and its number."""
+    text = json.dumps(tree, indent=indent, ensure_ascii=False)
+    if text.isprintable():
+        return text
+    return "".join(
+        sign if sign.isprintable() or sign in ("\n", _THOUSANDS) else json.dumps(sign)[1:-1] for sign in text
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
@@ -57,6 +56,7 @@ def command(
     from compressor.cli.session import open_session
     from compressor.cli.signals import stop_at_once
     from compressor.cli.summary import summarise_validation
+    from compressor.cli.terminal import json_text
 
     with open_session("validate", quiet=quiet, verbosity=verbosity) as session, stop_at_once():
         from compressor.recipe_file import read_overrides
@@ -78,7 +78,7 @@ def command(
             publish_report(report, *places)
         tree = report.tree()
         if as_json:
-            text = json.dumps(tree, indent=1, ensure_ascii=False)
+            text = json_text(tree)
         else:
             text = summarise_validation(tree, outcome.plan.onnx, places and places[1], quiet=quiet)
         session.result(text, report.notices)

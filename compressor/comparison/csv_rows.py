@@ -47,6 +47,8 @@ CSV_COLUMNS = (
     "error",
 )
 
+_FORMULA = ("=", "+", "-", "@", "|")
+
 
 def csv_text(comparison: Comparison) -> str:
     """One line per cell and text; numbers in full, empty where there is none.
@@ -57,12 +59,19 @@ def csv_text(comparison: Comparison) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     measures = list(measures_of(comparison))
     dense = by_measure(comparison.tasks.dense if comparison.tasks is not None else None)
-    writer.writerow([*CSV_COLUMNS, *_task_columns(measures)])
+    writer.writerow([*CSV_COLUMNS, *map(_shown, _task_columns(measures))])
     for cell in comparison.cells:
         scores = list(_task_values(measures, by_measure(cell.scores), dense))
         for text in comparison.texts if cell.figures is not None else ("",):
-            writer.writerow(["" if value is None else value for value in (*_csv_row(cell, text), *scores)])
+            writer.writerow([_shown(value) for value in (*_csv_row(cell, text), *scores)])
     return stream.getvalue()
+
+
+def _shown(value: object) -> object:
+    """A spreadsheet takes a text that begins like a formula for one and computes it: an apostrophe stops it."""
+    if isinstance(value, str) and value.lstrip().startswith(_FORMULA):
+        return f"'{value}"
+    return "" if value is None else value
 
 
 def _task_columns(measures: Sequence[Measure]) -> Iterator[str]:

@@ -17,10 +17,12 @@ from compressor.errors import OutputRefused, UsageError
 from compressor.run.atomic import replace_file
 from compressor.run.lock import hold_output
 from compressor.run.output import check_reachable, name_output
+from exporters.plain_files import read_plain
 
 STATE = ".compare"
 PRODUCTS = ("compare.json", "compare.csv", "compare.md", "compare.html")
 _SCHEMA = 1
+_MAX_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def reserve_folder(
     with hold_output(plan.folder / PRODUCTS[0]):
         check_reachable(plan, model=model)
         folder = ResultsFolder(plan.folder)
+        _refuse_links(folder)
         marker = folder.state / "state.json"
         found = sorted(os.listdir(folder.root)) if folder.root.is_dir() else []
         if found and not force and not marker.is_file():
@@ -111,6 +114,17 @@ def reserve_folder(
         yield folder
 
 
+def _refuse_links(folder: ResultsFolder) -> None:
+    """A link would let the state be written, and removed, in a folder that nobody named."""
+    for place in (folder.state, *(folder.state / name for name in ("cells", "scores", "shared"))):
+        if os.path.islink(place) or (os.path.lexists(place) and not os.path.isdir(place)):
+            raise OutputRefused(
+                "E-OUTPUT-KIND",
+                f"{place} is no folder of its own, and a comparison keeps its state there",
+                "look at what it is, then remove it",
+            )
+
+
 def _forget(folder: ResultsFolder) -> None:
     shutil.rmtree(folder.state, ignore_errors=True)
     for name in PRODUCTS:
@@ -119,8 +133,8 @@ def _forget(folder: ResultsFolder) -> None:
 
 def _read(kind: type[Measured], path: Path) -> Measured | None:
     try:
-        return measured_from_tree(kind, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, ValidationError, AttributeError, TypeError):
+        return measured_from_tree(kind, json.loads(read_plain(path, _MAX_BYTES).decode("utf-8")))
+    except (OSError, ValueError, ValidationError, AttributeError, TypeError, RecursionError):
         return None
 
 

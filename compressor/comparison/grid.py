@@ -15,6 +15,7 @@ from compressor.errors import UsageError
 from compressor.recipe import EvaluationRecipe
 from compressor.recipe_file import check_key
 from compressor.sparsity import SparsityPattern
+from compressor.yaml_text import read_yaml
 
 PRESETS_FOLDER = Path(__file__).parent / "grids"
 DEFAULT_PRESET = "quick"
@@ -129,7 +130,7 @@ def read_grid(path: str | Path) -> Grid:
             f"give a YAML file, or --preset {'|'.join(presets())}",
         )
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path)
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         first = " ".join(str(error).split())
         raise UsageError(
@@ -230,7 +231,7 @@ def _usage_error(error: ValidationError, origin: str, flat: bool) -> UsageError:
     if first["type"] == "missing":
         return UsageError("E-GRID-VALUE", f"{origin}: {key} is missing", f"add {place[-1]}")
     what = str(first["msg"]).removeprefix("Value error, ")
-    got = "" if isinstance(first["input"], (dict, BaseModel)) else f"; got {first['input']!r}"
+    got = "" if isinstance(first["input"], (dict, BaseModel)) else f"; got {repr(first['input'])[:200]}"
     advice = "see compare in README.md for an example"
     if "patterns" in place and isinstance(first["input"], int):
         advice = 'put a pattern in quotes, as in patterns: ["2:4"]: YAML reads 2:4 as minutes and seconds'

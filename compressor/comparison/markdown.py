@@ -12,15 +12,17 @@ from compressor.comparison.task_table import task_tables
 
 def markdown_text(comparison: Comparison) -> str:
     """The tables in Markdown, the best of each target in bold, the protocol below."""
-    parts = [f"Dense model: {dense_sentence(comparison)}."]
+    parts = [f"Dense model: {_plain(dense_sentence(comparison))}."]
     for table in tables_of(comparison):
-        parts.append("\n".join([*([f"### {table.name}", ""] if table.name else []), *_markdown_lines(table)]))
+        parts.append(
+            "\n".join([*([f"### {_plain(table.name)}", ""] if table.name else []), *_markdown_lines(table)])
+        )
         if table.settings:
-            parts.append("\n".join(f"- {line}" for line in table.settings))
+            parts.append("\n".join(f"- {_plain(line)}" for line in table.settings))
     for table in task_tables(comparison):
-        title = f"### {table.name}: zero-shot tasks" if table.name else "### Zero-shot tasks"
+        title = f"### {_plain(table.name)}: zero-shot tasks" if table.name else "### Zero-shot tasks"
         parts.append("\n".join([title, "", *_markdown_lines(table)]))
-    parts.append("\n".join(f"- {line}" for line in protocol_lines(comparison)))
+    parts.append("\n".join(f"- {_plain(line)}" for line in protocol_lines(comparison)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -36,4 +38,9 @@ def _markdown_lines(table: TableText) -> list[str]:
 
 
 def _escaped(words: Sequence[str]) -> list[str]:
-    return [word.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for word in words]
+    return [_plain(word.replace("\\", "\\\\").replace("|", "\\|")) for word in words]
+
+
+def _plain(text: str) -> str:
+    """On one line, and no HTML."""
+    return " ".join(text.split("\n")).replace("<", "&lt;")

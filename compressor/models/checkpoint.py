@@ -15,6 +15,7 @@ import torch
 
 from compressor.errors import InputRefused
 from compressor.models.config_file import read_json_object, read_settings
+from compressor.models.folder_files import is_plain_name, refuse_strays
 from compressor.models.hub import fetch
 from compressor.models.kind import describe_kind, library_of
 from compressor.models.quiet import quiet_transformers
@@ -93,7 +94,7 @@ class Checkpoint:
         tokenizer names another, documents joined with it are no text that the model knows.
 
         Raises:
-            InputRefused: E-TOKENIZER-NOT-FOUND: there is none, or it cannot be read.
+            InputRefused: E-TOKENIZER-NOT-FOUND: there is none, or it cannot be read; E-CONFIG-UNSAFE.
         """
         return _load_tokenizer(self.folder, self.name, self.settings, self.trust_remote_code)
 
@@ -114,10 +115,11 @@ def open_checkpoint(
             E-MODEL-MULTIMODAL,
             E-MODEL-QUANTIZED, E-MODEL-REMOTE-CODE, E-CONFIG-SYNTAX, E-CONFIG-UNSAFE, E-CONFIG-SIZE,
             E-CONFIG-INVALID, E-STRUCTURE-INVALID, E-WEIGHTS-SHARD-MISSING, E-WEIGHTS-INDEX,
-            E-WEIGHTS-TRUNCATED, E-WEIGHTS-HEADER, E-WEIGHTS-DUPLICATE.
+            E-WEIGHTS-TRUNCATED, E-WEIGHTS-HEADER, E-WEIGHTS-DUPLICATE, E-MODEL-FILE-ESCAPES.
         HubError: The hub does not have it, or cannot be reached.
     """
     folder, name, commit = _locate(model, revision, trust_remote_code)
+    refuse_strays(folder)
     _refuse_other_folders(folder, name)
     settings, structure = split_settings(read_settings(folder / "config.json"))
     architecture = _architecture(folder, settings, trust_remote_code)
@@ -148,6 +150,7 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> tuple[An
         InputRefused: E-MODEL-UNSUPPORTED, E-CONFIG-SYNTAX, E-CONFIG-UNSAFE, E-CONFIG-SIZE, E-CONFIG-INVALID,
             E-TOKENIZER-NOT-FOUND and the like, as ``open_checkpoint`` and ``Checkpoint.load_tokenizer`` say.
     """
+    refuse_strays(folder)
     settings, structure = split_settings(read_settings(folder / "config.json"))
     config = _load_config(folder, settings, _architecture(folder, settings, trust_remote_code), structure)
     return _load_tokenizer(folder, folder.resolve().name, settings, trust_remote_code), config
@@ -333,12 +336,26 @@ def _with_end_of_text(tokenizer: Any, eos: Any) -> Any:
 
 def _refuse_unsafe_tokenizer(folder: Path) -> None:
     path = folder / "tokenizer_config.json"
-    if path.is_file() and read_json_object(path).get("trust_remote_code"):
-        raise InputRefused(
-            "E-CONFIG-UNSAFE",
-            f"{path.name}: trust_remote_code asks to run code",
-            "take the key out of the file",
-        )
+    settings = read_json_object(path) if path.is_file() else {}
+    if settings.get("trust_remote_code"):
+        raise _unsafe_tokenizer(path, "trust_remote_code asks to run code")
+    for key, value in settings.items():
+        names = value if isinstance(value, list) else [value]
+        if _names_files(key) and value is not None and not all(map(is_plain_name, names)):
+            raise _unsafe_tokenizer(path, f"{key} names {str(value)[:80]!r}, which is no file beside it")
+
+
+def _names_files(key: str) -> bool:
+    """Whether versions of transformers open what stands behind ``key`` of tokenizer_config.json.
+
+    Behind ``special_tokens_map_file`` many checkpoints have a path of the machine that they were made on; it is read by
+    none of them.
+    """
+    return key.endswith(("_file", "_files", "_spm")) and key != "special_tokens_map_file"
+
+
+def _unsafe_tokenizer(path: Path, what: str) -> InputRefused:
+    return InputRefused("E-CONFIG-UNSAFE", f"{path.name}: {what}", "take the key out of the file")
 
 
 def first_line(error: BaseException) -> str:

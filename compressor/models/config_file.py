@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import InputRefused
+from exporters.plain_files import read_plain
 
 __all__ = ["read_json_object", "read_settings"]
 
@@ -60,11 +61,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         InputRefused: E-CONFIG-SYNTAX: not a JSON object in UTF-8, one key twice, a NaN, nested or large beyond reason.
     """
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"larger than {MAX_FILE_BYTES} bytes")
-        content = json.loads(
-            path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys, parse_constant=_constant
-        )
+        text = read_plain(path, MAX_FILE_BYTES).decode("utf-8")
+        content = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise InputRefused(
             "E-CONFIG-SYNTAX", f"{path.name} cannot be read: {_first_line(error)}", "fetch the file again"
@@ -142,6 +140,8 @@ def _refuse_unsafe(where: str, key: str, value: Any) -> None:
             raise _unsafe(where, "reaches into the loader")
     elif key in ("trust_remote_code", "custom_pipelines", "kernel_config", "use_kernels") and value:
         raise _unsafe(where, "asks to run code")
+    elif key == "transformers_weights" and value is not None:
+        raise _unsafe(where, f"names other weights than those that are checked ({str(value)[:80]!r})")
     elif key == "auto_map" and not isinstance(value, (Mapping, type(None))):
         raise _unsafe(where, "is no mapping")
 

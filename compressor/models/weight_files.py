@@ -15,6 +15,7 @@ from typing import Any
 
 from compressor.errors import InputRefused
 from compressor.models.config_file import read_json_object
+from compressor.models.folder_files import is_plain_name
 
 __all__ = [
     "PICKLE_SUFFIXES",
@@ -189,7 +190,7 @@ def _checked_entry(path: Path, name: str, entry: Any) -> tuple[StoredTensor, tup
     fields = entry if isinstance(entry, dict) else {}
     dtype = fields.get("dtype")
     shape, offsets = _counts(fields.get("shape")), _counts(fields.get("data_offsets"))
-    if dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         raise _bad_header(path, f"{name} has the unknown dtype {str(dtype)[:40]!r}")
     if shape is None or offsets is None or len(offsets) != 2:
         raise _bad_header(path, f"{name} has no valid shape and data_offsets")
@@ -213,13 +214,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputRefused("E-WEIGHTS-INDEX", f"{path.name} has no weight_map", "fetch the model again")
     for name, shard in weight_map.items():
-        inside = (
-            isinstance(shard, str)
-            and shard == Path(shard).name
-            and "\\" not in shard
-            and shard not in ("", "..")
-        )
-        if not inside or not shard.endswith(".safetensors"):
+        if not is_plain_name(shard) or not shard.endswith(".safetensors"):
             raise InputRefused(
                 "E-WEIGHTS-INDEX",
                 f"{path.name} places {name} in {str(shard)[:80]!r}, which is no safetensors file beside it",

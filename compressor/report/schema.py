@@ -26,6 +26,7 @@ from pydantic import (
 
 from compressor.errors import InputRefused
 from compressor.report.nonfinite import finite_tree, restore_numbers
+from exporters.plain_files import read_plain
 
 SCHEMA_VERSION = 1
 
@@ -349,9 +350,7 @@ def read_report(path: str | Path) -> Report:
     path = Path(path)
     remedy = "give the .report.json that compress wrote, or run compress validate again"
     try:
-        if path.stat().st_size > _MAX_REPORT_BYTES:
-            raise InputRefused("E-REPORT-UNREADABLE", f"{path.name} is larger than a report can be", remedy)
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(read_plain(path, _MAX_REPORT_BYTES).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputRefused(
             "E-REPORT-UNREADABLE", f"{path.name} cannot be read as JSON ({error})", remedy

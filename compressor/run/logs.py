@@ -20,12 +20,16 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line without tokens of the model hub."""
-        text = super().format(record)
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-            secret = os.environ.get(name)
-            if secret:
-                text = text.replace(secret, "hf_***")
-        return _TOKEN.sub("hf_***", text)
+        return redacted(super().format(record))
+
+
+def redacted(text: str) -> str:
+    """``text`` with what is, or looks like, an access token of the model hub blotted out."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        secret = os.environ.get(name)
+        if secret:
+            text = text.replace(secret, "hf_***")
+    return _TOKEN.sub("hf_***", text)
 
 
 def add_log_file(command: str) -> Path:

@@ -75,6 +75,13 @@ class OutputPlan:
         return (beside,) if self.is_file else (beside, self.folder / STATE_INSIDE)
 
     @property
+    def hidden(self) -> tuple[Path, ...]:
+        """Every place where unfinished files may lie."""
+        beside = self.target.parent / f".{self.target.name}.staging"
+        inside = () if self.is_file else (self.folder / STAGING_INSIDE,)
+        return (*self.state_roots, beside, *inside)
+
+    @property
     def state(self) -> Path:
         """Where this run keeps its state."""
         return self.state_roots[-1 if os.path.isdir(self.folder) else 0]
@@ -211,6 +218,14 @@ def _check_place(plan: OutputPlan) -> None:
             f"the folder {parent} for the output does not exist",
             f"create it: mkdir -p {parent}",
         )
+    for place in plan.hidden:
+        # Through a link the run would write, and in the end remove files, in a folder that nobody named.
+        if os.path.islink(place) or (os.path.lexists(place) and not os.path.isdir(place)):
+            raise OutputRefused(
+                "E-OUTPUT-KIND",
+                f"{place} is no folder of its own, and a run keeps its unfinished files there",
+                "look at what it is, then remove it",
+            )
     is_folder = os.path.isdir(plan.target)
     if plan.is_file and is_folder:
         raise OutputRefused(

@@ -20,8 +20,10 @@ from compressor.errors import OutputRefused
 from compressor.run.atomic import flush_folder
 from compressor.run.faults import reach
 from compressor.run.output import STAGING_INSIDE, OutputPlan, check_free
+from exporters.plain_files import is_spelled, read_plain
 
 JOURNAL = "journal.json"
+_MAX_JOURNAL_BYTES = 2**24
 
 
 class Staging:
@@ -118,30 +120,37 @@ def finish_interrupted_publication(plan: OutputPlan) -> bool:
     Raises:
         OSError: A rename failed; the journal stays for the next attempt.
     """
-    completed = [_finish(root, plan.folder) for root in _staging_roots(plan) if os.path.isdir(root)]
+    completed = [_finish(root, plan) for root in _staging_roots(plan) if os.path.isdir(root)]
     return any(completed)
 
 
-def _finish(root: Path, folder: Path) -> bool:
+def _finish(root: Path, plan: OutputPlan) -> bool:
     try:
-        journal = json.loads((root / JOURNAL).read_text(encoding="utf-8"))
+        journal = json.loads(read_plain(root / JOURNAL, _MAX_JOURNAL_BYTES).decode("utf-8"))
         leaving, coming = (
             [str(name) for name in journal["leaving"]],
             [str(name) for name in journal["coming"]],
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         shutil.rmtree(root, ignore_errors=True)
         return False
-    if any(Path(name).name != name for name in [*leaving, *coming]):
+    if not all(_is_product(name, plan) for name in [*leaving, *coming]):
         raise OutputRefused(
             "E-OUTPUT-JOURNAL",
-            f"{root / JOURNAL} names a path outside its folder",
+            f"{root / JOURNAL} names a file that is no product of {plan.target.name}",
             f"look at {root}, then remove it",
         )
-    _roll_forward(root, folder, leaving, coming)
+    _roll_forward(root, plan.folder, leaving, coming)
     (root / JOURNAL).unlink()
     shutil.rmtree(root, ignore_errors=True)
     return True
+
+
+def _is_product(name: str, plan: OutputPlan) -> bool:
+    """Whether a journal may name it: of an output that is a file the products are known, of a folder any file."""
+    if plan.is_file:
+        return name in {path.name for path in plan.products}
+    return Path(name).name == name and name not in ("", "..") and "\0" not in name and is_spelled(name)
 
 
 def _staging_roots(plan: OutputPlan) -> tuple[Path, ...]:
@@ -163,7 +172,7 @@ def _leaving(plan: OutputPlan, coming: list[str]) -> list[str]:
 def _roll_forward(root: Path, folder: Path, leaving: list[str], coming: list[str]) -> None:
     """Move the old products aside, then the new ones in. Running it again after any stop ends the same."""
     for name in leaving:
-        if not os.path.lexists(root / "old" / name):
+        if not os.path.lexists(root / "old" / name) and os.path.lexists(folder / name):
             _move(folder / name, root / "old" / name)
     reach("publish: between two moves")
     for name in coming:

@@ -25,11 +25,13 @@ from torch import Tensor
 
 from compressor.run.atomic import flush_folder, replace_file, replacing
 from compressor.run.faults import reach
+from exporters.plain_files import read_plain
 
 __all__ = ["Commit", "StateFolder", "StoredFile"]
 
 FORMAT = 1
 _KEPT = 2  # commits
+_MAX_COMMIT_BYTES = 2**28
 _COMMIT = re.compile(r"(\d{5})\.json")
 _FILE = re.compile(r"[a-z0-9-]{1,60}\.safetensors")
 
@@ -136,7 +138,7 @@ class StateFolder:
 
     def _read(self, number: int) -> Commit | None:
         try:
-            body = json.loads(self._path(number).read_text(encoding="utf-8"))
+            body = json.loads(read_plain(self._path(number), _MAX_COMMIT_BYTES).decode("utf-8"))
             if body.pop("sha256") != _digest(body) or body["format"] != FORMAT:
                 return None
             files = tuple(StoredFile(str(name), int(size), str(sha)) for name, size, sha in body["files"])
@@ -160,7 +162,7 @@ class StateFolder:
         for commit in itertools.islice(readable, _KEPT):
             kept |= {self._path(commit.number).name, *(file.name for file in commit.files)}
         for name in os.listdir(self.root):
-            if name not in kept:
+            if name not in kept and not os.path.isdir(self.root / name):  # a folder is not of a state
                 (self.root / name).unlink(missing_ok=True)
 
 

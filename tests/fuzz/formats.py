@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,6 +107,9 @@ def make_samples(folder: Path) -> Path:
     shutil.copytree(run.model, samples / "model")
     shutil.copyfile(out, samples / "whole.onnx")
     shutil.copyfile(RECIPES / "default.yaml", samples / "recipe.yaml")
+    for text in work.glob("*.jsonl"):
+        shutil.copy(text, samples)
+    (samples / "argv.json").write_text(json.dumps(run.argv(Path("new.onnx"))), encoding="utf-8")
     return samples
 
 

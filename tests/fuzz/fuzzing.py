@@ -1,10 +1,11 @@
 """Read mutated files in a forked worker, one after the other, and tell of every one that was not taken or refused.
 
-    python tests/fuzz/fuzzing.py --mutations 10000
+    python tests/fuzz/fuzzing.py --mutations 10000 --commands 200
 
+The second number is of mutations that the real command gets, a process for each: they take seconds, not milliseconds.
 The worker has the imports done. Where it dies or takes more than ten seconds for one file, that file is a fault, and
 another worker goes on behind it. A mutation is known by its format, the seed and its number: the same again with
-``--formats F --seed S --first N --mutations 1``.
+``--formats F --seed S --first N --mutations 1``, or ``--mutations 0 --commands 1``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -26,7 +28,8 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fuzz.formats import FORMATS, Format, make_samples  # its folder has to be known first
+from fuzz.commands import COMMANDS, fuzz_commands  # its folder has to be known first
+from fuzz.formats import FORMATS, Format, make_samples
 from fuzz.mutations import mutated
 
 from compressor.errors import ReportedError
@@ -127,29 +130,82 @@ def _names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What came of the mutations of one format, read in one way.
+
+    Attributes:
+        name: The format.
+        how: "worker" or "command".
+        outcomes: Numbers of the mutations by what became of them.
+        seconds: How long it took.
+    """
+
+    name: str
+    how: str
+    outcomes: dict[str, list[int]]
+    seconds: float
+
+    @property
+    def faults(self) -> dict[str, list[int]]:
+        """Those that are faults."""
+        return {outcome: numbers for outcome, numbers in self.outcomes.items() if is_fault(outcome)}
+
+    def count(self, beginning: str) -> int:
+        """Mutations whose outcome begins like this."""
+        return sum(
+            len(numbers) for outcome, numbers in self.outcomes.items() if outcome.startswith(beginning)
+        )
+
+    def row(self) -> str:
+        """The line of the table; faults below it."""
+        faults, count = self.faults, self.count("")
+        rate = count / self.seconds if self.seconds else 0.0
+        figures = (count, self.count("taken"), self.count("refused"), sum(map(len, faults.values())))
+        lines = [
+            f"{self.name:<12}{self.how:<8}"
+            + "".join(f"{one:>10}" for one in figures)
+            + f"{self.seconds:>10.0f}{rate:>10.2f}"
+        ]
+        lines += [
+            f"  {outcome}: {len(numbers)}, the first is {numbers[0]}" for outcome, numbers in faults.items()
+        ]
+        return "\n".join(lines)
+
+
+_COLUMNS = ("mutations", "taken", "refused", "faults", "seconds", "a second")
+HEAD = f"{'format':<12}{'by':<8}" + "".join(f"{name:>10}" for name in _COLUMNS)
+
+
 @click.command(help=__doc__)
-@click.option("--mutations", default=10_000, help="Of each format.")
+@click.option("--mutations", default=10_000, help="Of each format, in the worker.")
+@click.option("--commands", default=0, help="Of each format but the report, by the real command.")
 @click.option("--formats", default=",".join(FORMATS))
 @click.option("--seed", default=0)
 @click.option("--first", default=0, help="Number of the first mutation.")
-def main(mutations: int, formats: str, seed: int, first: int) -> None:
-    faults = 0
+def main(mutations: int, commands: int, formats: str, seed: int, first: int) -> None:
+    stages = []
     with tempfile.TemporaryDirectory() as scratch:
         samples = make_samples(Path(scratch))
-        for name in formats.split(","):
-            started = time.perf_counter()
-            outcomes = fuzz(name, samples, range(first, first + mutations), seed)
-            wrong = {outcome: numbers for outcome, numbers in outcomes.items() if is_fault(outcome)}
-            refused = sum(
-                len(numbers) for outcome, numbers in outcomes.items() if outcome.startswith("refused")
+        click.echo(HEAD)
+        for how, count, read in (("worker", mutations, fuzz), ("command", commands, fuzz_commands)):
+            for name in formats.split(","):
+                if not count or (how == "command" and name not in COMMANDS):
+                    continue
+                started = time.perf_counter()
+                outcomes = read(name, samples, range(first, first + count), seed)
+                stages.append(Stage(name, how, outcomes, time.perf_counter() - started))
+                click.echo(stages[-1].row())
+    for how, wanted in (("worker", 10_000), ("command", 200)):
+        own = [stage for stage in stages if stage.how == how]
+        each = sum(stage.seconds / stage.count("") for stage in own)
+        if own:
+            total, faults = sum(stage.count("") for stage in own), sum(len(stage.faults) for stage in own)
+            click.echo(
+                f"{how}: {total} mutations, {faults} kinds of faults; "
+                f"{wanted} of each of {len(own)} formats take {wanted * each / 3600:.1f} hours at this pace"
             )
-            count = sum(map(len, wrong.values()))
-            faults += count
-            seconds = time.perf_counter() - started
-            click.echo(f"{name}: {mutations} mutations, {refused} refused, {count} faults, {seconds:.0f} s")
-            for outcome, numbers in wrong.items():
-                click.echo(f"  {outcome}: {len(numbers)}, the first is {numbers[0]}")
-    sys.exit(bool(faults))
+    sys.exit(any(stage.faults for stage in stages))
 
 
 if __name__ == "__main__":
