@@ -70,7 +70,9 @@ def kl_divergence(dense: Tensor, sparse: Tensor, temperature: float = 1.0) -> Te
     return temperature**2 * nn.functional.kl_div(q, p, reduction="sum", log_target=True)
 
 
-def squarehead(sparse: Sequence[Tensor], dense: Sequence[Tensor]) -> Tensor:
+def squarehead(
+    sparse: Sequence[Tensor], dense: Sequence[Tensor], powers: Sequence[Tensor] | None = None
+) -> Tensor:
     """Σ over l = 1 … L of mean((h_l^S − h_l^T)²) / (mean((h_l^T)²) + ε), over all tokens and channels of a batch.
 
     Source: arXiv 2310.06927, equation 2, and SparseFinetuning's train_sparse.py (ε; one ratio per layer).
@@ -78,12 +80,19 @@ def squarehead(sparse: Sequence[Tensor], dense: Sequence[Tensor]) -> Tensor:
     Args:
         sparse: Output (B, T, D) of each block; the embedding is none of them.
         dense: The same of the dense model.
+        powers: mean((h_l^T)²) of each layer, where more tokens count than are here.
     """
+    powers = layer_powers(dense) if powers is None else powers
     terms = [
-        (S.float() - T.float()).square().mean() / (T.float().square().mean() + _SQUAREHEAD_EPS)
-        for S, T in zip(sparse, dense, strict=True)
+        (S.float() - T.float()).square().mean() / (power + _SQUAREHEAD_EPS)
+        for S, T, power in zip(sparse, dense, powers, strict=True)
     ]
     return torch.stack(terms).sum()
+
+
+def layer_powers(dense: Sequence[Tensor]) -> list[Tensor]:
+    """mean((h_l^T)²) of each layer's states, float32."""
+    return [T.float().square().mean() for T in dense]
 
 
 def token_loss(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputRefused
-from compressor.finetuning.losses import Objective, squarehead, token_loss
+from compressor.finetuning.losses import Objective, layer_powers, squarehead, token_loss
 from compressor.finetuning.noise import with_noise
 from compressor.finetuning.parametrisation import Parametrisation
 from compressor.finetuning.sparse_model import (
@@ -22,6 +22,7 @@ from compressor.finetuning.sparse_model import (
     hidden_states,
     kept_bytes_per_token,
 )
+from compressor.ranks import Ranks, deal
 from compressor.recipe import LearningRateTrials, RecoveryRecipe, TrainingRecipe
 from compressor.recovery.frozen_masks import FrozenMasks
 from compressor.recovery.heldout import BestWeights
@@ -29,7 +30,7 @@ from compressor.recovery.lr_probe import climb, log_ratio
 from compressor.recovery.precision import autocast, deterministic, random_state
 from compressor.recovery.training import Batches, Course, Task, train, trainable
 from compressor.sparsity import Mask
-from compressor.streams import in_order, prefetched
+from compressor.streams import dealt, in_order
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ class _Tuning:
             zero_gradients=self._parametrisation.zero_gradients,
             device=self._model.device,
             amp_dtype=self._model.amp_dtype,
+            ranks=self._model.ranks,
         )
         trial = best is None
 
@@ -222,29 +224,51 @@ class _Tuning:
             for rows, loss in zip(batches, self._losses(windows, batches), strict=True):
                 total += loss * len(rows)
         self._parametrisation.train(True)
-        return float(total) / max(1, len(windows))
+        return self._model.ranks.total(float(total))[0] / max(1, len(windows))
 
     def _losses(self, windows: Windows, batches: Batches, noise: float = 0.0) -> Iterator[Tensor]:
-        """The objective of each batch, in float32, with a share of the tokens exchanged."""
+        """The objective of each batch, in float32, with a share of the tokens exchanged; this rank's part of it."""
+        model, batches = self._model, list(batches)
+        parts = _parts(windows, batches, model.ranks)
+        for rows, (own, dense) in zip(batches, parts, strict=True):
+            noisy = with_noise(
+                windows.ids[list(rows)], noise, windows.ids
+            )  # all ranks draw for the whole batch
+            places = {row: place for place, row in enumerate(rows)}
+            ids = noisy[[places[row] for row in own]].to(model.device)
+            loss = self._loss(ids, dense, len(own) / len(rows))
+            yield loss if len(own) == len(rows) else loss * (len(own) / len(rows))
+
+    def _loss(self, ids: Tensor, dense: Tensor | None, share: float) -> Tensor:
+        """The objective of ``ids`` (B, T), a share of a batch; 0 without gradients where there are none."""
         model, objective = self._model, self._objective
-        for clean, dense in _batches(windows, batches):
-            ids = with_noise(clean, noise, windows.ids).to(model.device)
-            with autocast(model):
-                states = hidden_states(model, self._parametrisation.blocks, ids, recompute=self._recompute)
-                wanted = self._dense_states(ids)
-                loss = states[-1].new_zeros(())
-                if objective.ce or objective.kd:
-                    loss = token_loss(
-                        objective,
-                        model.head,
-                        states[-1],
-                        wanted[-1] if wanted else dense,
-                        ids,
-                        vocab_size=model.vocab_size,
-                    )
-                if objective.sq:
-                    loss = loss + objective.sq * squarehead(states, wanted)
-            yield loss
+        with autocast(model):
+            wanted = self._dense_states(ids) if share else []
+            powers = self._powers(wanted, share) if objective.sq else None
+            if not share:
+                return torch.zeros((), device=model.device)
+            states = hidden_states(model, self._parametrisation.blocks, ids, recompute=self._recompute)
+            loss = states[-1].new_zeros(())
+            if objective.ce or objective.kd:
+                loss = token_loss(
+                    objective,
+                    model.head,
+                    states[-1],
+                    wanted[-1] if wanted else dense,
+                    ids,
+                    vocab_size=model.vocab_size,
+                )
+            if objective.sq:
+                loss = loss + objective.sq * squarehead(states, wanted, powers)
+        return loss
+
+    def _powers(self, wanted: Sequence[Tensor], share: float) -> Sequence[Tensor]:
+        """Mean square of each layer's dense states over the whole batch, of which this rank has a share."""
+        if self._model.ranks.world == 1:
+            return layer_powers(wanted)
+        layers = len(self._dense_blocks)
+        own = torch.stack(layer_powers(wanted)) if wanted else torch.zeros(layers, device=self._model.device)
+        return self._model.ranks.summed(own.double() * share).float().unbind()
 
     def _dense_states(self, ids: Tensor) -> list[Tensor]:
         """The dense model's hidden states; none where no layer is compared."""
@@ -252,14 +276,17 @@ class _Tuning:
             return hidden_states(self._model, self._dense_blocks, ids) if self._dense_blocks else []
 
 
-def _batches(windows: Windows, batches: Batches) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Ids (B, T) and, where they are kept, the dense model's last hidden states (B, T, D), those on the device."""
+def _parts(windows: Windows, batches: Batches, ranks: Ranks) -> Iterator[tuple[Sequence[int], Tensor | None]]:
+    """This rank's rows of each batch and, where they are kept, the dense model's last hidden states of them (B, T, D).
+
+    Those are on the device.
+    """
     if windows.dense is None:
         for rows in batches:
-            yield windows.ids[list(rows)], None
+            yield deal(rows, len(windows), ranks)[ranks.rank], None
         return
-    for rows, (dense,) in zip(batches, prefetched([windows.dense], batches), strict=True):
-        yield windows.ids[list(rows)], dense
+    for own, (dense,) in dealt([windows.dense], batches):
+        yield own, dense
 
 
 def _recomputes(model: SparseModel, batch_size: int) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from compressor.ranks import ALONE, Ranks
 from compressor.recipe import TrainingRecipe
 from compressor.recovery.heldout import BestWeights
 from compressor.recovery.precision import Stepper
@@ -25,14 +26,15 @@ class Task:
 
     Attributes:
         weights: The leaves that move, float32.
-        windows: Training windows.
+        windows: Training windows, of all ranks.
         losses: Given the rows of each batch, the loss of each in turn, computed when it is asked for, with
-            gradients.
+            gradients; of several ranks each one's part of it, without gradients where it has no row.
         heldout: The held-out loss of the weights as they are.
         zero_gradients: Called after each backward pass: sets the gradients of masked weights to 0.
         device: Where the losses are.
         amp_dtype: bfloat16 or float16 for mixed precision, ``None`` for float32.
         scale: The losses are this often too large; what is reported is divided by it.
+        ranks: Who shares the windows.
     """
 
     weights: Sequence[nn.Parameter]
@@ -43,6 +45,7 @@ class Task:
     device: torch.device
     amp_dtype: torch.dtype | None = None
     scale: float = 1.0
+    ranks: Ranks = ALONE
 
 
 @dataclass
@@ -75,7 +78,7 @@ def train(
         progress: Called after each step with (steps made, steps in all); what it raises ends the training.
     """
     generator = torch.Generator().manual_seed(seed)
-    stepper = Stepper(adamw(task.weights, recipe, lr), task.weights, task, recipe.max_grad_norm)
+    stepper = Stepper(adamw(task.weights, recipe, lr), task.weights, task, recipe.max_grad_norm, task.ranks)
     total = recipe.epochs * math.ceil(task.windows / recipe.batch_size)
     course = Course()
     for _ in range(recipe.epochs):
@@ -90,7 +93,7 @@ def train(
             if progress is not None:
                 progress(course.steps, total)
         course.heldout = task.heldout()
-        trained = float(summed)
+        (trained,) = task.ranks.total(float(summed))
         if not math.isfinite(trained) or not math.isfinite(course.heldout):
             course.diverged = True
             break
