@@ -8,6 +8,7 @@ brought the ranks together; those that only lost it keep quiet.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,8 +27,10 @@ __all__ = ["PeerFailed", "ProcessGroup", "open_ranks"]
 
 _ERROR_BYTES = 4096
 _TOLD = "blockpress: an error was told"  # key of the store
+_HEARD = "blockpress: ranks that know of it"
 _HEAR_CAUSE_S = 2.0  # how long a rank waits for rank 0 to tell of the same error
 _HEAR_LOSS_S = 4.0  # and one that lost another waits for that one to tell why
+_LINGER_S = 1.0  # and rank 0 waits for the others to know
 
 
 class PeerFailed(OutOfResources):
@@ -50,14 +53,14 @@ class ProcessGroup(Ranks):
 
     def __init__(self, launch: Launch) -> None:
         self.rank, self.world, self.local_world = launch.rank, launch.world, launch.local_world
-        nccl = torch.cuda.is_available() and dist.is_nccl_available()
+        self._nccl = torch.cuda.is_available() and dist.is_nccl_available()
         timeout = timedelta(seconds=launch.timeout_s)
         with self._joint():
             store, rank, world = next(iter(rendezvous("env://", timeout=timeout)))
             store.set_timeout(timeout)
             self._store = store  # of this attempt alone, where the launcher has made several
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if nccl else "gloo",
+                "cpu:gloo,cuda:nccl" if self._nccl else "gloo",
                 store=store,
                 rank=rank,
                 world_size=world,
@@ -226,24 +229,40 @@ class ProcessGroup(Ranks):
         except RuntimeError as error:
             raise PeerFailed(
                 "E-RANK-LOST",
-                f"rank {self.rank} of {self.world} has lost another rank: {' '.join(str(error).split())[:200]}",
+                f"rank {self.rank} of {self.world} has lost another rank: {_reason(error)}",
                 "look at what that rank printed, and run the same command again: it goes on behind the last block",
             ) from error
 
     def _tells(self, error: BaseException) -> bool:
         """Whether this rank tells the user of ``error``: one rank does, rank 0 where it knows."""
         lost = isinstance(error, PeerFailed)
-        grace = 0.0 if self.is_root and not lost else _HEAR_LOSS_S if lost else _HEAR_CAUSE_S
-        until = time.monotonic() + grace
+        grace_s = 0.0 if self.is_root and not lost else _HEAR_LOSS_S if lost else _HEAR_CAUSE_S
         try:
-            while time.monotonic() < until:
-                if self._store.check([_TOLD]):
-                    return False
-                time.sleep(0.05)
-            first = self._store.add(_TOLD, 1) == 1
-            return first or (self.is_root and not lost)
-        except RuntimeError:  # the store went with the rank that kept it
-            return not lost or self.rank == min(1, self.world - 1)
+            told = self._waits(grace_s, lambda: self._store.check([_TOLD]))
+            if told or self._store.add(_TOLD, 1) > 1:
+                self._store.add(_HEARD, 1)
+                return False
+            if self.is_root:  # which keeps the store, where torchrun does not
+                self._waits(_LINGER_S, lambda: self._store.add(_HEARD, 0) >= self.world - 1)
+            return True
+        except RuntimeError:  # the store went with rank 0, which kept it and may have told
+            return not lost or self.rank == 1
+
+    @staticmethod
+    def _waits(seconds: float, until: Callable[[], bool]) -> bool:
+        """Wait at most so long; whether it has come."""
+        end = time.monotonic() + seconds
+        while not until():
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.05)
+        return True
+
+
+def _reason(error: RuntimeError) -> str:
+    """The first sentence of what a library says, without the place in its source."""
+    text = re.sub(r"^\[\S+:\d+\]\s*", "", " ".join(str(error).split()))
+    return re.split(r"\. (?=[A-Z])", text)[0][:200]
 
 
 def open_ranks(launch: Launch, device: str) -> tuple[ProcessGroup, str]:

@@ -188,7 +188,9 @@ class _Tuning:
         def told(number: int, total: int) -> None:
             tell(Step(number, total, lr, trial))
 
-        with random_state(self._model.device, seed):
+        # Dropout differs between ranks; noise is drawn for whole batches, by all of them alike.
+        own = 0 if self._objective.noise else self._model.ranks.rank
+        with random_state(self._model.device, seed + 1_000_003 * own):
             self._parametrisation.train(True)
             return train(task, recipe, best, lr=lr, seed=seed, progress=told)
 
