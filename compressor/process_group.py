@@ -17,6 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from compressor.errors import OutOfResources, ReportedError, UsageError
@@ -58,7 +59,9 @@ class ProcessGroup(Ranks):
         with self._joint():
             store, rank, world = next(iter(rendezvous("env://", timeout=timeout)))
             store.set_timeout(timeout)
-            self._store = store  # of this attempt alone, where the launcher has made several
+            # A launcher that starts the processes anew may keep the store, with what the dead ones left in it.
+            store = PrefixStore(f"blockpress/{launch.attempt}", store)
+            self._store = store
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if self._nccl else "gloo",
                 store=store,

@@ -27,6 +27,7 @@ class Launch:
         world: How many there are, at least 2.
         local_rank: Its number on its machine.
         local_world: How many there are on its machine.
+        attempt: How often the launcher has started them anew.
         timeout_s: How long one waits for the others before it takes them for lost.
     """
 
@@ -34,6 +35,7 @@ class Launch:
     world: int
     local_rank: int
     local_world: int
+    attempt: int
     timeout_s: float
 
 
@@ -59,6 +61,7 @@ def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
         world=world,
         local_rank=local_rank,
         local_world=max(1, _number(given, "LOCAL_WORLD_SIZE", world)),
+        attempt=_number(given, "TORCHELASTIC_RESTART_COUNT", 0),
         timeout_s=_seconds(given),
     )
     if not 0 <= rank < world:

@@ -36,8 +36,20 @@ from compressor.recipe_file import read_overrides  # noqa: E402
 from compressor.run.launch import launched  # noqa: E402
 from compressor.sparsity import Mask, SparsityPattern  # noqa: E402
 
-SHORT = {"recovery.epochs": 2, "recovery.batch_size": 4, "recovery.lr": 3e-3, "pruning.method": "wanda"}
+SHORT: dict[str, Any] = {
+    "recovery.epochs": 2,
+    "recovery.batch_size": 4,
+    "recovery.lr": 3e-3,
+    "pruning.method": "wanda",
+}
 VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {
+        "recovery.window": "overlap",
+        "recovery.lr": "auto",
+        "recovery.probe.epochs": 1,
+        "finish.method": "kl",
+        "finish.epochs": 1,
+    },
     "overlap": {"recovery.window": "overlap", "recovery.lr": "auto", "recovery.probe.epochs": 1},
     "split": {"recovery.window": "split", "recovery.loss": "normalized", "recovery.first_token": "per_token"},
     "warm": {"recovery.window": "block", "recovery.start": "least_squares", "pruning.method": "sparsegpt"},
@@ -51,6 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "masked-lora": {"recovery.method": "masked-lora", "recovery.masked_lora.lr": 1e-3},
     "squarehead": {"recovery.method": "squarehead"},
 }
+WITH_DROPOUT = {"masked-lora"}  # which draws for the windows of each rank
 WINDOWS, SEQLEN = 22, 12  # 13 to train on, 3 held out, 6 to evaluate: no number of processes divides them all
 
 
