@@ -32,7 +32,7 @@ class Ranked(Ranks):
 def passes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Passes by one, two and four processes."""
     folder = tmp_path_factory.mktemp("passes")
-    tiny_models.save_variant(folder / "model", "llama", num_hidden_layers=3)
+    tiny_models.save_variant(folder / "model", "llama")
     run_passes(folder, (1, 2, 4), [SHORT])
     return folder
 

@@ -45,6 +45,9 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         if killed_at is not None and time.perf_counter() - started >= killed_at and children[0] not in codes:
             os.kill(children[0], signal.SIGKILL)
             killed_at = None
+        left = [child for child in children if child not in codes]
+        if len(left) == 1 < len(children):
+            _kill_if_stopped(left[0])
         time.sleep(0.002)
     return {"codes": [codes[child] for child in children], "seconds": time.perf_counter() - started}
 

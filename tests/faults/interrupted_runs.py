@@ -51,7 +51,12 @@ class ForkServer:
         return self._start(argv, [environment], kill_after_s=kill_after_s, file_limit=file_limit)[0]
 
     def run_ranks(
-        self, argv: Sequence[str], ranks: int, *, faults: Mapping[int, str] | None = None, **variables: str
+        self,
+        argv: Sequence[str],
+        ranks: int,
+        *,
+        faults: Mapping[int, str] | None = None,
+        patience_s: int = 120,
     ) -> list[Ended]:
         """One run of the command line in several processes that share it, to the end of all.
 
@@ -59,14 +64,14 @@ class ForkServer:
             argv: Of each of them.
             ranks: How many.
             faults: What goes wrong, by rank.
-            variables: Of the environment of each.
+            patience_s: After which one that does not answer is taken for lost; a paused one is killed at the end.
         """
         port = free_port()
         environments = [
             {
                 **environment_of(rank, ranks, port),
                 "BLOCKPRESS_FAULT": (faults or {}).get(rank, ""),
-                **variables,
+                "BLOCKPRESS_RANKS_TIMEOUT": str(patience_s),
             }
             for rank in range(ranks)
         ]

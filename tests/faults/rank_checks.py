@@ -78,9 +78,14 @@ def deals_windows(ranks: ProcessGroup) -> None:
 
 def tells_errors(ranks: ProcessGroup) -> None:
     """The error of one rank is the error of all, with its exit code."""
-    with pytest.raises(ReportedError) as raised, ranks.together():
-        if not ranks.is_root:
-            raise InputRefused("E-EXAMPLE", "this rank has no file", "give it one")
+
+    def look() -> None:
+        with ranks.together():
+            if not ranks.is_root:
+                raise InputRefused("E-EXAMPLE", "this rank has no file", "give it one")
+
+    with pytest.raises(ReportedError) as raised:
+        look()
     assert (raised.value.error_id, raised.value.exit_code) == ("E-EXAMPLE", 3)
     assert isinstance(raised.value, PeerFailed) == ranks.is_root
 
