@@ -19,7 +19,7 @@ endif
 # The tests run side by side, so each one keeps to one thread.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: all venv demo test faults fuzz versions check format clean
+.PHONY: all venv demo test faults distributed fuzz versions check format clean
 
 all: check test
 
@@ -52,6 +52,10 @@ test: $(RUNTIME)
 # Half an hour and more: runs killed at every named point and at 200 random moments.
 faults: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python tests/faults/kill_runs.py --moments 200
+
+# A quarter of an hour: runs of 2 and 4 processes on the CPU, against those of one; processes killed, silent, restarted.
+distributed: $(INSTALLED)
+	$(ONE_THREAD) $(BIN)/python tests/faults/distributed_runs.py
 
 # Ten thousand mutated files of each format that the program reads, and two hundred by the real command: hours. Then twenty
 # thousand matrices for the runtime's kernels.

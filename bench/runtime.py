@@ -25,14 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import blockpress_runtime
 import click
 import numpy as np
 import onnx
 import onnxruntime
-from blockpress_runtime.packing import pack
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+
+import blockpress_runtime
+from blockpress_runtime.packing import pack
 
 Array = NDArray[Any]
 

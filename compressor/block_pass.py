@@ -9,8 +9,9 @@ end-to-end stage follows (``end_to_end``), finished blocks stay in memory and ar
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +36,7 @@ from compressor.perplexities import EvaluationStreams, PerplexityStreams, Versio
 from compressor.progress import BlockFinished, BlockProgress, LearningRateChosen, Progress
 from compressor.pruned_model import NoPrunedModel, PrunedModel
 from compressor.pruning.pruner import check_pattern
+from compressor.ranks import ALONE, Ranks
 from compressor.recipe import Recipe
 from compressor.recovery import RECOVERIES
 from compressor.recovery.block_io import BlockIO, Repaired
@@ -88,6 +90,7 @@ class BlockPass:
         pruned_model: Blocks that were pruned before, or a place for those that are; None prunes all and keeps none.
         anatomy: The heads and neurons of ``source``, where they have been looked for already.
         state: Keeps what is done after each window, and may hold windows that an earlier run has done; None keeps none.
+        ranks: Who shares the windows; ``stop`` says the same on all of them.
     """
 
     def __init__(
@@ -107,8 +110,10 @@ class BlockPass:
         pruned_model: PrunedModel | None = None,
         anatomy: Anatomy | None = None,
         state: PassState | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._source = source
+        self._ranks = ranks
         self._state = state
         self._recipe = recipe
         self._pattern = pattern
@@ -119,13 +124,13 @@ class BlockPass:
         self._repair = RECOVERIES.get(
             recipe.recovery.method
         )  # an end-to-end recovery repairs no single block
-        self._end_to_end = EndToEnd(source, recipe, device=device, stop=stop, progress=progress)
+        self._end_to_end = EndToEnd(source, recipe, device=device, stop=stop, progress=progress, ranks=ranks)
         self._anatomy = anatomy
         self._probe = LearningRateProbe(recipe.recovery)
-        self._micro_batch = MicroBatch(progress)
+        self._micro_batch = MicroBatch(progress, may_halve=ranks.world == 1)
         self._ships = versions_of(recipe)[-1]  # measured as it is committed, in the exported type
         self._evaluation: EvaluationStreams = (
-            PerplexityStreams(source, evaluation, device, versions_of(recipe))
+            PerplexityStreams(source, evaluation, device, versions_of(recipe), ranks=ranks)
             if isinstance(evaluation, Tensor)
             else evaluation
         )
@@ -140,6 +145,7 @@ class BlockPass:
             device=device,
             dense_path=dense_path or ComputedPath(source),
             needs_dense=self._end_to_end.needs_dense,
+            ranks=ranks,
         )
         overlap = recipe.recovery.method == "ebft" and recipe.recovery.window == "overlap"
         self._windows = windows_of(source.num_blocks, overlap=overlap)
@@ -226,6 +232,8 @@ class BlockPass:
             module, masks, io = joined(blocks, self._states.sparse, self._source)
             last.add(self._repair_block(last.index, module, masks, io))
             last.recovery_s += self._since(begun)
+        for one in blocks:
+            check_same_block(self._ranks, self._name(one.index), one.block, one.masks)
         for index in window.finished:
             self._finish(self._open.pop(index), writer)
         last.elapsed_s += time.perf_counter() - started
@@ -249,7 +257,7 @@ class BlockPass:
         observed = observe_inputs(block, matrices, statistics.receive) if statistics else None
         targets = self._states.observe(index, block, entering, observed)
         if statistics is not None:
-            statistics.finish()
+            statistics.finish(self._ranks)
             pruning_s = self._since(begun)
         io = self._io(index, matrices, entering, targets) if targets is not None else None
         begun, came_as = time.perf_counter(), _shapes(block, matrices)
@@ -257,6 +265,7 @@ class BlockPass:
             pruned = PrunedBlock(*self._pruned_model.apply(index, block))
         else:
             pruned = self._pruning.prune(index, block, matrices, statistics)
+            self._ranks.from_root([*block.parameters(), *pruned.masks.values()])
             pruning_s += self._since(begun)
             self._pruned_model.keep(index, block, pruned.masks, pruned.notes)
         if self._ships != "pruned":
@@ -266,6 +275,7 @@ class BlockPass:
         if io is not None and pruned.masks and (recovery.method, recovery.start) == ("ebft", "least_squares"):
             begun = time.perf_counter()
             opened.loss_before = warm_start(block, pruned.masks, io, recovery)
+            self._ranks.from_root(list(block.parameters()))
             opened.recovery_s = self._since(begun)
         return opened
 
@@ -351,6 +361,7 @@ class BlockPass:
             stop=self._stop,
             progress=self._progress,
             anatomy=self._anatomy,
+            ranks=self._ranks,
         )
 
     def _repair_block(self, index: int, block: nn.Module, masks: dict[str, Mask], io: BlockIO) -> Repaired:
@@ -397,6 +408,8 @@ class BlockPass:
                 self._micro_batch,
                 None if self._state is None else self._state.load_finished,
             )
+            for index, (block, masks) in enumerate(self._end_to_end.held):
+                check_same_block(self._ranks, self._name(index), block, masks)
             if self._state is not None:
                 self._state.commit_tuned(finetuned, self._end_to_end.held)
         self._end_to_end.commit(writer, self._evaluation)
@@ -415,6 +428,20 @@ class BlockPass:
                 elapsed_s=finished.elapsed_s,
             )
         )
+
+
+def check_same_block(ranks: Ranks, name: str, block: nn.Module, masks: Mapping[str, Mask]) -> None:
+    """Do nothing where all ranks hold the same block, bit for bit.
+
+    Raises:
+        OutOfResources: E-RANKS-DIVERGED.
+    """
+    if ranks.world == 1:
+        return
+    digest = hashlib.sha256()
+    for tensor in (*block.parameters(), *masks.values()):
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    ranks.check_same(name, digest.digest())
 
 
 def _shapes(block: nn.Module, matrices: Sequence[PrunableMatrix]) -> dict[str, torch.Size]:

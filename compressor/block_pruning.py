@@ -15,6 +15,7 @@ from compressor.models.source import BlockSource
 from compressor.progress import Notice, Progress, StageStarted
 from compressor.pruning import PRUNERS
 from compressor.pruning.pruner import Pruned
+from compressor.ranks import ALONE, Ranks
 from compressor.recipe import PruningRecipe, Recipe
 from compressor.sparsity import Mask, SparsityPattern
 from compressor.statistics import BlockStatistics
@@ -69,6 +70,7 @@ def prepare_pruning(
     stop: Callable[[], bool],
     progress: Progress,
     anatomy: Anatomy | None = None,
+    ranks: Ranks = ALONE,
 ) -> BlockPruning:
     """The pruning that a recipe asks for, with a survey of the dense model where it is shared out over blocks.
 
@@ -82,6 +84,7 @@ def prepare_pruning(
         stop: Asked between blocks of a survey.
         progress: Receives events.
         anatomy: The model's heads and neurons, where they have been looked for already.
+        ranks: Who shares the windows.
 
     Raises:
         StoppedSafely: ``stop`` said so.
@@ -91,9 +94,13 @@ def prepare_pruning(
     if pruning.method == "flap":
         anatomy = anatomy or find_anatomy(source, ignore, pattern.sparsity, uniform=pruning.flap.uniform)
         progress(StageStarted("survey", f"{source.num_blocks} dense blocks, inputs of heads and neurons"))
-        plan = plan_removal(source, ids, device, anatomy, pruning.flap, pattern.sparsity, stop=stop)
+        plan = plan_removal(
+            source, ids, device, anatomy, pruning.flap, pattern.sparsity, stop=stop, ranks=ranks
+        )
         return UnitPruning(plan, pattern)
-    patterns = block_patterns(source, pruning, pattern, ignore, ids, device, stop=stop, progress=progress)
+    patterns = block_patterns(
+        source, pruning, pattern, ignore, ids, device, stop=stop, progress=progress, ranks=ranks
+    )
     return MaskPruning(source.blocks_name, pruning, patterns, device, progress)
 
 

@@ -11,6 +11,7 @@ from compressor.linears import IgnoreRules, PrunableMatrix, observe_inputs, prun
 from compressor.models.source import BlockSource
 from compressor.progress import Progress, StageStarted
 from compressor.pruning.allocation import linear, outlier_ratio, owl
+from compressor.ranks import ALONE, Ranks
 from compressor.recipe import PruningRecipe
 from compressor.sparsity import SparsityPattern
 from compressor.statistics import BlockStatistics, ColumnNorms
@@ -29,6 +30,7 @@ def block_patterns(
     *,
     stop: Callable[[], bool],
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> tuple[SparsityPattern, ...]:
     """The pattern of each block; their mean, weighted by prunable weights, is ``pattern``'s sparsity.
 
@@ -41,6 +43,7 @@ def block_patterns(
         device: Where blocks compute.
         stop: Asked between blocks of a survey.
         progress: Receives events.
+        ranks: Who shares the windows.
 
     Raises:
         UsageError: E-ALLOCATION-RANGE: a block's share would not lie between 0 and 1.
@@ -66,9 +69,9 @@ def block_patterns(
 
         def examine(index: int, block: nn.Module, send: Callable[[], object]) -> float:
             name = f"{source.blocks_name}.{index}"
-            return _outliers(block, name, matrices_of(index), send, recipe.owl.m, device)
+            return _outliers(block, name, matrices_of(index), send, recipe.owl.m, device, ranks)
 
-        ratios = survey(source, ids, device, examine, stop=stop)
+        ratios = survey(source, ids, device, examine, stop=stop, ranks=ranks)
         shares = owl([ratios[index] for index in bearing], pattern.sparsity, recipe.owl.lmbda, counted)
     share_of = dict(zip(bearing, shares, strict=True))
     return tuple(
@@ -84,13 +87,14 @@ def _outliers(
     send: Callable[[], object],
     m: float,
     device: torch.device,
+    ranks: Ranks,
 ) -> float:
     """Percentage of outliers among a dense block's Wanda scores, after all windows have gone through it; 0 for none."""
     widths = {matrix.name: matrix.of(block).shape[1] for matrix in matrices}
     statistics = BlockStatistics(ColumnNorms, widths, device)
     with observe_inputs(block, matrices, statistics.receive):
         send()
-    statistics.finish()
+    statistics.finish(ranks)
     pairs = []
     for matrix in matrices:
         statistic = statistics[matrix.name]

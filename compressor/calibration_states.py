@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compressor.dense_path import DensePath
 from compressor.models.source import BlockSource
 from compressor.propagation import advance, embedded, visit
+from compressor.ranks import ALONE, Ranks
 from compressor.recipe import RecoveryRecipe
 from compressor.streams import Activations
 
@@ -28,7 +29,7 @@ class States:
 
     def copy(self) -> States:
         """The same states in stores of their own."""
-        return self.map(lambda states: Activations.filled(states.states, device=states.device))
+        return self.map(Activations.copy)
 
     def map(self, change: Callable[[Activations], Activations]) -> States:
         """What ``change`` makes of both stores."""
@@ -46,6 +47,7 @@ class CalibrationStates:
         device: Where blocks compute.
         dense_path: Moves the dense path.
         needs_dense: Whether the dense path is asked for whatever repairs aim at.
+        ranks: Who shares the windows.
 
     Attributes:
         sparse: What the finished sparse blocks give.
@@ -63,9 +65,12 @@ class CalibrationStates:
         device: torch.device,
         dense_path: DensePath,
         needs_dense: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._source, self._recovery, self._dense_path = source, recovery, dense_path
-        self.sparse = States(embedded(source, calibration, device), embedded(source, heldout, device))
+        self.sparse = States(
+            embedded(source, calibration, device, ranks), embedded(source, heldout, device, ranks)
+        )
         needs_dense = needs_dense or (recovery is not None and recovery.targets != "block")
         self.dense = self.sparse.copy() if needs_dense else None
         self.dense_inputs: States | None = None

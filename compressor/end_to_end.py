@@ -19,6 +19,7 @@ from compressor.models.source import BlockSource
 from compressor.models.writer import BlockWriter
 from compressor.perplexities import EvaluationStreams
 from compressor.progress import FinetuningFinished, FinetuningProgress, Notice, Progress, StageStarted
+from compressor.ranks import ALONE, Ranks
 from compressor.recipe import Recipe
 from compressor.run.faults import reach
 from compressor.sparsity import Mask
@@ -26,7 +27,13 @@ from validators.validate import available_memory_bytes
 
 
 def finish_for(
-    source: BlockSource, recipe: Recipe, *, windows: int, seqlen: int, device: torch.device
+    source: BlockSource,
+    recipe: Recipe,
+    *,
+    windows: int,
+    seqlen: int,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> tuple[str, str | None]:
     """The finish that a recipe stands for, ``auto`` decided by recovery and memory; and why, in one line.
 
@@ -36,6 +43,7 @@ def finish_for(
         windows: Calibration and held-out windows together.
         seqlen: Tokens of each.
         device: Where it would happen.
+        ranks: Who shares the windows, and on each machine the memory.
     """
     if not recipe.may_finish:
         return "none", None
@@ -46,10 +54,10 @@ def finish_for(
         tokens=recipe.finish.batch_size * seqlen,
         hidden_size=source.hidden_size,
         vocab_size=source.vocab_size,
-        stored_tokens=windows * seqlen,
+        stored_tokens=-(-windows // ranks.world) * seqlen,
         runs_dense=recipe.finish.runs_dense,
         device=device,
-        free_host_bytes=available_memory_bytes(),
+        free_host_bytes=available_memory_bytes() // ranks.local_world,
     )
     if room.fits:
         return "kl", f"finish kl taken: the whole model {room} on {device}"
@@ -74,6 +82,7 @@ class EndToEnd:
         device: Where all blocks are.
         stop: Asked after each step; true ends the run.
         progress: Receives events.
+        ranks: Who shares the windows.
     """
 
     def __init__(
@@ -84,7 +93,9 @@ class EndToEnd:
         device: torch.device,
         stop: Callable[[], bool],
         progress: Progress,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._source, self._recipe, self._device = source, recipe, device
         self._stop, self._progress = stop, progress
         self._held: list[_Held] = []
@@ -202,6 +213,7 @@ class EndToEnd:
             device=self._device,
             amp_dtype=mixed_precision(self._device),
             micro_batch=micro_batch,
+            ranks=self._ranks,
         )
 
     def _tell(self, stage: Stage, step: Step) -> None:

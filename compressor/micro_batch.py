@@ -26,16 +26,17 @@ class MicroBatch:
 
     Args:
         progress: Receives a notice of each halving.
-        size: Of a run that goes on; ``None`` is the whole batch.
+        may_halve: Whether it may be tried again: not where other processes have gone on meanwhile.
 
     Attributes:
         size: Windows at once, ``None`` for whole batches.
         notices: What has been halved, one line each.
     """
 
-    def __init__(self, progress: Progress, size: int | None = None) -> None:
+    def __init__(self, progress: Progress, *, may_halve: bool = True) -> None:
         self._progress = progress
-        self.size = size
+        self._may_halve = may_halve
+        self.size: int | None = None
         self.notices: list[str] = []
 
     def attempt(
@@ -64,10 +65,11 @@ class MicroBatch:
                 return work(self.size)
             except torch.OutOfMemoryError as error:
                 before = min(self.size or batch_size, batch_size)
-                if before == 1:
+                if before == 1 or not self._may_halve:
                     raise OutOfResources(
                         "E-DEVICE-MEMORY",
-                        f"{what} does not fit into the device's memory, one window at a time: {_first_line(error)}",
+                        f"{what} does not fit into the device's memory, {before} window(s) at a time: "
+                        f"{_first_line(error)}",
                         remedy,
                     ) from None
             # Behind the handler: until here the exception holds the frames, and they hold the tensors.

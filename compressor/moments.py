@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressor.ranks import Ranks
+
 
 class Moments:
     """Count, mean and summed squared deviation of every input column over the tokens so far, float64.
@@ -37,6 +39,19 @@ class Moments:
         """Add the tokens that ``other`` has seen."""
         if other.tokens:
             self._merge(other.tokens, other._mean, other._deviation)
+
+    def merge_ranks(self, ranks: Ranks) -> None:
+        """Add the tokens that the other ranks have seen, in the order of the ranks."""
+        if ranks.world == 1:
+            return
+        counts = ranks.gathered(torch.tensor(self.tokens))
+        means, deviations = ranks.gathered(self._mean), ranks.gathered(self._deviation)
+        device = self._mean.device
+        self.tokens, self._mean = 0, torch.zeros_like(self._mean)
+        self._deviation = torch.zeros_like(self._mean)
+        for tokens, mean, deviation in zip(map(int, counts), means, deviations, strict=True):
+            if tokens:
+                self._merge(tokens, mean.to(device), deviation.to(device))
 
     @property
     def mean(self) -> Tensor:

@@ -120,7 +120,7 @@ class PassState:
         Raises:
             OSError, SafetensorError: It cannot be written; the commit before stands.
         """
-        states = {_STATES + name: stream.states for name, stream in streams.items()}
+        states = {_STATES + name: stream.whole() for name, stream in streams.items()}
         files = [self._folder.store(f"window-{windows}-states", states, {})]
         for opened in open_blocks:
             name = f"window-{windows}-open-{opened.index}"
@@ -162,9 +162,9 @@ class PassState:
         assert self._commit is not None
         self._content = self._commit.content
         self._streams_file = self._rest[f"window-{self.windows_done}-states.safetensors"]
-        tensors, _ = self._folder.load(self._streams_file)
+        tensors = self._folder.load_own(self._streams_file)
         for name, stream in streams.items():
-            stream.write(0, tensors[_STATES + name])
+            stream.take_share(None if tensors is None else tensors[_STATES + name])
 
     def open_blocks(self) -> list[OpenBlock]:
         """Blocks that a later window repairs once more, without ``matrices`` and ``io``."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from compressor.models.source import BlockSource
 from compressor.propagation import advance, embedded
+from compressor.ranks import ALONE, Ranks
 from compressor.streams import Activations
 from validators.perplexity import perplexity, sum_nll
 
@@ -45,6 +46,7 @@ class PerplexityStreams:
         device: Where blocks compute.
         versions: Which versions are measured.
         known: Perplexity of those among them that were measured before on these windows.
+        ranks: Who shares the windows.
     """
 
     def __init__(
@@ -54,17 +56,18 @@ class PerplexityStreams:
         device: torch.device,
         versions: Sequence[Version],
         known: Mapping[str, float] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._source = source
-        self._ids = ids
+        held = ranks.share(len(ids))
+        self._ids = ids[held.start : held.stop]
         self._known: dict[str, float] = dict(known or {})
         measured = [version for version in versions if version not in self._known]
         self._streams: dict[str, Activations] = {}
         if measured:
-            first = embedded(source, ids, device)
+            first = embedded(source, ids, device, ranks)
             self._streams = {
-                version: first if place == 0 else Activations.filled(first.states, device=device)
-                for place, version in enumerate(measured)
+                version: first if place == 0 else first.copy() for place, version in enumerate(measured)
             }
 
     @property
@@ -92,4 +95,5 @@ class PerplexityStreams:
             for row in range(windows):
                 logits = self._source.head(states.read([row]))
                 total += sum_nll(logits, self._ids[row : row + 1]).sum().cpu()
-        return perplexity(total, windows * (seqlen - 1))
+        (everywhere,) = states.ranks.total(float(total))
+        return perplexity(everywhere, states.total * (seqlen - 1))

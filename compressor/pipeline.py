@@ -6,6 +6,7 @@ Nothing here prints, exits or sets up logging: progress goes to a callback, the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -20,9 +21,11 @@ from compressor.models.writer import CheckpointWriter
 from compressor.opening import open_model
 from compressor.planning import Job, pattern_of, plan, run_blocks
 from compressor.progress import EstimateReady, Notice, Progress, StageStarted, silent
+from compressor.ranks import ALONE, Ranks
 from compressor.recipe import Recipe
 from compressor.recipe_file import read_recipe
 from compressor.resuming import (
+    DECISIVE,
     check_resume,
     decided_finish,
     facts_of,
@@ -59,6 +62,7 @@ def compress(
     resume: str = "auto",
     stop: Callable[[], bool] = lambda: False,
     progress: Progress = silent,
+    ranks: Ranks = ALONE,
 ) -> CompressionResult:
     """Prune ``model``, repair it block by block, export it to ``out`` and validate the file.
 
@@ -83,6 +87,8 @@ def compress(
             ``required`` refuses to begin anew, ``never`` begins anew.
         stop: Asked between blocks; true ends the run with StoppedSafely; the same call goes on from there.
         progress: Receives events (compressor.progress).
+        ranks: The processes that share the calibration windows, of which this is rank 0; the others call
+            ``compressor.following.follow``.
 
     Returns:
         Where the products are, the report, and the verdict. A failed gate is a verdict, not an exception.
@@ -91,18 +97,21 @@ def compress(
         ReportedError: Bad input, an existing output, missing resources; nothing was published, an older output stands.
     """
     recipe = recipe if recipe is not None else read_recipe(None)
-    check_required(require)
-    check_provider(provider if validate else "auto")
-    check_combination(recipe)
-    choice = check_resume(resume)
-    pattern, ignore = pattern_of(recipe.pruning), IgnoreRules(recipe.pruning.ignore)
     measure = Measure()
-    may_be_done = choice != "never" and not force
-    with (
-        reserve_output(out, force, model=model, may_be_done=may_be_done) as target,
-        limited_device_memory(resolve_device(device), max_device_memory) as unlimited,
-    ):
-        with measure.stage("open"):
+    with ExitStack() as held:
+        with ranks.together():
+            check_required(require)
+            check_provider(provider if validate else "auto")
+            check_combination(recipe)
+            choice = check_resume(resume)
+            pattern, ignore = pattern_of(recipe.pruning), IgnoreRules(recipe.pruning.ignore)
+            may_be_done = choice != "never" and not force
+            reserved = reserve_output(out, force, model=model, may_be_done=may_be_done)
+            target = held.enter_context(reserved)
+            limited = limited_device_memory(resolve_device(device), max_device_memory)
+            unlimited = held.enter_context(limited)
+            decided = None if choice == "never" else decided_finish(target)
+        with measure.stage("open"), ranks.together():
             progress(StageStarted("open", str(model)))
             opened = open_model(
                 model,
@@ -111,25 +120,33 @@ def compress(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
             )
-            decided = None if choice == "never" else decided_finish(target)
-            job = plan(opened, recipe, pattern, ignore, progress, decided)
+            job = plan(opened, recipe, pattern, ignore, progress, decided, ranks)
             if unlimited:
                 progress(Notice(unlimited))
             facts = facts_of(job, opened)
             result = finished_run(target, facts, validated=validate) if may_be_done else None
+        ranks.text(job.recipe.finish.method)
+        ranks.check_same(DECISIVE, bytes.fromhex(run_digest(facts)))
+        ranks.any(result is not None)  # the others end here too
         if result is not None:
             name = target.target.name
             progress(Notice(f"{name} is the output of this very run already: nothing is to be done"))
             forget_state(target)
             return result
-        with Staging(target) as staging:
-            state = open_state(target, facts, job.source, choice, progress)
-            if not state.windows_done:
+        with ExitStack() as staged:
+            with ranks.together():
+                staging = staged.enter_context(Staging(target))
+            state = open_state(target, facts, job.source, choice, progress, ranks)
+            if (
+                not state.windows_done and ranks.world == 1
+            ):  # the probe of a block would wait for the other ranks
                 foresee(job, opened.dtype, target, activation_memory, progress)
             hf_folder = staging.plan.hf or staging.scratch / "hf"
             with measure.stage("blocks"), limited_activations(activation_memory, staging.scratch):
                 writer = CheckpointWriter(hf_folder, job.source, opened.dtype, widths=job.widths)
-                passed = run_blocks(job, writer, stop, progress, state)
+                passed = run_blocks(job, writer, ranks.agreed(stop), progress, state, ranks)
+                writer.finish()
+            ranks.part()
             measure.timings.update({f"blocks: {tuned.method}": tuned.elapsed_s for tuned in passed.finetuned})
             subject = opened.subject("run", job.pattern)
             job.source.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,13 +14,15 @@ from compressor.calibration.text import TextSource, read_text
 from compressor.calibration.windows import Windows, calibration_windows
 from compressor.devices import dtype_name
 from compressor.end_to_end import finish_for
+from compressor.errors import UsageError
 from compressor.evaluation import Evaluation, evaluation_of, window_length
 from compressor.linears import IgnoreRules
 from compressor.models.source import BlockSource
-from compressor.models.writer import CheckpointWriter
+from compressor.models.writer import BlockWriter
 from compressor.opening import OpenModel
 from compressor.pass_state import PassState
 from compressor.progress import Notice, Progress, RunStarted, TextReady
+from compressor.ranks import ALONE, Ranks
 from compressor.recipe import PruningRecipe, Recipe
 from compressor.report.schema import CalibrationFacts
 from compressor.sparsity import SparsityPattern
@@ -133,6 +135,7 @@ def plan(
     ignore: IgnoreRules,
     progress: Progress,
     decided_finish: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> Job:
     """Every check that can be made before the first block is touched, and the texts cut into windows.
 
@@ -143,6 +146,7 @@ def plan(
         ignore: Which matrices stay dense.
         progress: Receives events.
         decided_finish: What an earlier run, which this one goes on with, has made of finish ``auto``.
+        ranks: Who shares the windows.
 
     Raises:
         ReportedError: The plan does not fit the model, or a text cannot be used.
@@ -156,15 +160,19 @@ def plan(
     calibration = calibration_of(recipe, tokenizer, source.max_seqlen, source.vocab_size)
     seqlen, windows = calibration.seqlen, calibration.windows
     evaluation = evaluation_of(recipe.evaluation, tokenizer, seqlen, source.vocab_size)
+    _check_ranks(ranks, len(windows.ids))
     if recipe.finish.method == "auto" and decided_finish is not None:
         finish, why = decided_finish, None
     else:
-        finish, why = finish_for(source, recipe, windows=windows.count, seqlen=seqlen, device=opened.device)
+        finish, why = finish_for(
+            source, recipe, windows=windows.count, seqlen=seqlen, device=opened.device, ranks=ranks
+        )
     notices = (
         *unread_settings(recipe),
         *opened.checkpoint.notices,
         *calibration.notices,
         *((why,) if why else ()),
+        *_ranks_notices(ranks, recipe),
     )
     progress(
         RunStarted(
@@ -207,14 +215,26 @@ def as_used(recipe: Recipe, pattern: SparsityPattern, seqlen: int, finish: str) 
     return recipe.model_copy(update=parts)
 
 
+def with_finish(job: Job, recipe: Recipe, finish: str) -> Job:
+    """The job with the finish that another rank has decided on.
+
+    Args:
+        job: Planned here.
+        recipe: What was asked for.
+        finish: ``none`` or ``kl``.
+    """
+    return replace(job, recipe=as_used(recipe, job.pattern, job.calibration.seqlen, finish))
+
+
 def run_blocks(
     job: Job,
-    writer: CheckpointWriter,
+    writer: BlockWriter,
     stop: Callable[[], bool],
     progress: Progress,
     state: PassState | None = None,
+    ranks: Ranks = ALONE,
 ) -> PassResult:
-    """Every block pruned, repaired and committed; the written folder is whole when this returns.
+    """Every block pruned, repaired and committed.
 
     Args:
         job: The run.
@@ -222,12 +242,13 @@ def run_blocks(
         stop: Asked between blocks; true ends the pass.
         progress: Receives events.
         state: Keeps what is done; see ``BlockPass``.
+        ranks: Who shares the windows.
 
     Raises:
         StoppedSafely: ``stop`` said so.
         ReportedError: Weights or activations are not finite, and the like.
     """
-    block_pass = BlockPass(
+    return BlockPass(
         job.source,
         job.calibration.windows.ids,
         job.calibration.windows.heldout,
@@ -240,7 +261,36 @@ def run_blocks(
         progress=progress,
         anatomy=job.anatomy,
         state=state,
-    )
-    passed = block_pass.run(writer)
-    writer.finish()
-    return passed
+        ranks=ranks,
+    ).run(writer)
+
+
+def _check_ranks(ranks: Ranks, windows: int) -> None:
+    """Refuse what leaves a rank without windows.
+
+    Raises:
+        UsageError: E-RANKS-WINDOWS.
+    """
+    if windows < ranks.world:
+        raise UsageError(
+            "E-RANKS-WINDOWS",
+            f"{ranks.world} processes cannot share {windows} calibration windows",
+            "start fewer processes, or give more --num-calibration-samples",
+        )
+
+
+def _ranks_notices(ranks: Ranks, recipe: Recipe) -> tuple[str, ...]:
+    """What the user of several processes should know."""
+    if ranks.world == 1:
+        return ()
+    notices = [
+        f"{ranks.world} processes share the windows; another number of them gives other last digits, "
+        "and now and then another mask bit"
+    ]
+    batch_sizes = [recipe.recovery.batch_size] + [recipe.finish.batch_size] * recipe.may_finish
+    if min(batch_sizes) < ranks.world:
+        notices.append(
+            f"a batch of {min(batch_sizes)} windows leaves {ranks.world - min(batch_sizes)} of {ranks.world} "
+            "processes without work in each step"
+        )
+    return tuple(notices)

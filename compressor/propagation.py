@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.models.source import BlockSource
+from compressor.ranks import ALONE, Ranks
 from compressor.streams import Activations, in_order
 
 _TOKENS_PER_BATCH = 4096
@@ -19,13 +20,15 @@ def windows_per_batch(seqlen: int) -> int:
     return max(1, _TOKENS_PER_BATCH // seqlen)
 
 
-def embedded(source: BlockSource, ids: Tensor, device: torch.device) -> Activations:
-    """The hidden states (N, T, D) that enter the first block for windows ``ids`` (N, T)."""
+def embedded(source: BlockSource, ids: Tensor, device: torch.device, ranks: Ranks = ALONE) -> Activations:
+    """The hidden states (N, T, D) that enter the first block for windows ``ids`` (N, T), shared out over the ranks."""
     windows, seqlen = ids.shape
-    states = Activations(windows, seqlen, source.hidden_size, device=device)
+    states = Activations(windows, seqlen, source.hidden_size, device=device, ranks=ranks)
+    held = ranks.share(windows)
+    own = ids[held.start : held.stop]
     with torch.no_grad():
-        for rows in in_order(windows, windows_per_batch(seqlen)):
-            states.write(rows.start, source.embed(ids[rows.start : rows.stop].to(device)))
+        for rows in in_order(len(own), windows_per_batch(seqlen)):
+            states.write(rows.start, source.embed(own[rows.start : rows.stop].to(device)))
     return states
 
 

@@ -14,13 +14,16 @@ from compressor.opening import OpenModel
 from compressor.pass_state import PassState
 from compressor.planning import Job
 from compressor.progress import Notice, Progress
+from compressor.ranks import ALONE, Ranks
 from compressor.report.schema import read_report
 from compressor.reporting import installed_versions, manifest_facts
 from compressor.run.output import OutputPlan
 from compressor.run.state import Commit, StateFolder
+from compressor.shared_state import SharedStateFolder
 from exporters.manifest import check_files, read_manifest
 
 __all__ = [
+    "DECISIVE",
     "Resume",
     "check_resume",
     "decided_finish",
@@ -32,6 +35,8 @@ __all__ = [
 ]
 
 Resume = Literal["auto", "required", "never"]
+
+DECISIVE = "what decides the result (model, texts, settings, kind of device, versions)"  # name of the facts
 
 # Of the versions that a report names, those that can change a byte of the result.
 _DECISIVE = ("blockpress", "torch", "transformers", "tokenizers", "safetensors")
@@ -85,7 +90,12 @@ def run_digest(facts: Mapping[str, Any]) -> str:
 
 
 def open_state(
-    plan: OutputPlan, facts: Mapping[str, Any], source: BlockSource, resume: Resume, progress: Progress
+    plan: OutputPlan,
+    facts: Mapping[str, Any],
+    source: BlockSource,
+    resume: Resume,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> PassState:
     """The state to keep, at the newest commit that is whole and of the same run.
 
@@ -95,12 +105,13 @@ def open_state(
         source: The dense blocks.
         resume: ``never`` forgets an earlier state, ``required`` refuses to begin anew.
         progress: Receives notices.
+        ranks: Who calls this with the same facts; rank 0 holds the output.
 
     Raises:
         OutputRefused: E-RESUME-MISMATCH: the state is of a run with other settings, inputs or versions;
             E-RESUME-NONE: there is none to go on from, and one is required.
     """
-    folder = StateFolder(plan.state)
+    folder = StateFolder(plan.state) if ranks.world == 1 else SharedStateFolder(plan.state, ranks)
     if resume == "never":
         folder.remove()
     commit = _newest(folder, progress)

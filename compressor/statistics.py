@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputRefused
+from compressor.ranks import ALONE, Ranks
 
 Kind = TypeVar("Kind", bound="Statistic")
 Derived = TypeVar("Derived")
@@ -76,6 +77,14 @@ class Statistic(ABC):
             self._derived[key] = of(self._sum)
         result: Derived = self._derived[key]
         return result
+
+    def over(self: Kind, ranks: Ranks) -> Kind:
+        """A new statistic of the tokens of all ranks; their sums are put together in float64."""
+        merged = copy.copy(self)
+        merged._sum = ranks.summed(self._sum.double()).float()
+        merged.tokens = int(ranks.total(self.tokens)[0])
+        merged.forget()
+        return merged
 
     def forget(self) -> None:
         """Let go of what was derived."""
@@ -192,9 +201,24 @@ class BlockStatistics:
         mine = self._statistics[name]
         return any(other is mine for key, other in self._statistics.items() if key != name)
 
-    def finish(self) -> None:
-        """Let go of the last batch, which is held for sharing."""
+    def finish(self, ranks: Ranks = ALONE) -> None:
+        """Let go of the last batch, which is held for sharing; add what the other ranks have received."""
         self._last = None
+        if ranks.world > 1:
+            self._merge(ranks)
+
+    def _merge(self, ranks: Ranks) -> None:
+        """Statistics over the tokens of all ranks; two matrices share one where they do on every rank."""
+        names = list(self._statistics)
+        first: dict[int, int] = {}
+        here = [first.setdefault(id(one), place) for place, one in enumerate(self._statistics.values())]
+        shared = torch.stack(ranks.gathered(torch.tensor(here, dtype=torch.int64)))  # (ranks, matrices)
+        merged: dict[tuple[int, ...], Statistic] = {}
+        for name, key in zip(names, map(tuple, shared.T.tolist()), strict=True):
+            if key not in merged:
+                merged[key] = self._statistics[name].over(ranks)
+            self._statistics[name] = merged[key]
+        self._asked = None
 
 
 @dataclass(frozen=True)

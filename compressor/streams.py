@@ -15,14 +15,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compressor.ranks import ALONE, Ranks, deal
+
 
 class Activations:
     """Hidden states of N windows, (N, T, D), in host memory, page-locked where CUDA reads them; see also
     ``limited_activations``.
 
+    Several ranks share the windows out, and N is what this one holds of ``total``.
+
     Attributes:
         states: The store itself, (N, T, D).
         device: Where batches are wanted.
+        total: The windows of all ranks.
+        ranks: Who shares.
     """
 
     def __init__(
@@ -33,9 +39,11 @@ class Activations:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.device = torch.device(device)
-        shape = (windows, seqlen, hidden)
+        self.total, self.ranks = windows, ranks
+        shape = (len(ranks.share(windows)), seqlen, hidden)
         if _limit is not None and not _limit.grants(self, shape, dtype):
             self.states = _limit.file_backed(shape, dtype)
         else:
@@ -53,7 +61,14 @@ class Activations:
 
     def empty_like(self) -> Activations:
         """A store of the same shape, type and place whose states are not written yet."""
-        return Activations(*self.shape, dtype=self.states.dtype, device=self.device)
+        shape = self.total, *self.shape[1:]
+        return Activations(*shape, dtype=self.states.dtype, device=self.device, ranks=self.ranks)
+
+    def copy(self) -> Activations:
+        """The same states in a store of their own."""
+        made = self.empty_like()
+        made.write(0, self.states)
+        return made
 
     @property
     def shape(self) -> torch.Size:
@@ -84,6 +99,28 @@ class Activations:
         for place, row in enumerate(rows):
             batch[place].copy_(self.states[row], non_blocking=True)
         return batch.float()
+
+    def whole(self) -> Tensor:
+        """The windows of all ranks on rank 0, (total, T, D); what this one holds on the others."""
+        if not self.ranks.is_root:
+            self.ranks.send_rows(self.states, rank=0)
+        if not self.ranks.is_root or self.ranks.world == 1:
+            return self.states
+        whole = Activations(self.total, *self.shape[1:], dtype=self.states.dtype).states
+        whole[: len(self)] = self.states
+        for rank in range(1, self.ranks.world):
+            self.ranks.receive_rows(whole, self.ranks.share(self.total, rank), rank)
+        return whole
+
+    def take_share(self, whole: Tensor | None) -> None:
+        """Set the states of each rank to its windows out of ``whole`` (total, T, D), which rank 0 has."""
+        if whole is None:
+            self.ranks.receive_rows(self.states, range(len(self)), 0)
+            return
+        self.write(0, whole[: len(self)])
+        for rank in range(1, self.ranks.world):
+            rows = self.ranks.share(self.total, rank)
+            self.ranks.send_rows(whole[rows.start : rows.stop], rank)
 
     def map(
         self, step: Callable[[Tensor], Tensor], batch_size: int, out: Activations | None = None
@@ -170,6 +207,44 @@ def prefetched(
             yield tuple(store.read(rows) for store in stores)
         return
     yield from _prefetched_cuda(stores, batches)
+
+
+def dealt(
+    stores: Sequence[Activations], batches: Iterable[Sequence[int]]
+) -> Iterator[tuple[Sequence[int], tuple[Tensor, ...]]]:
+    """This rank's part of each batch: its rows out of the windows of all ranks, and those rows of several stores.
+
+    Every rank gets as many windows of a batch as the others, so some of them travel. All of them without other ranks.
+    """
+    ranks, total = stores[0].ranks, stores[0].total
+    if ranks.world == 1:
+        kept = list(batches)
+        yield from zip(kept, prefetched(stores, kept), strict=True)
+        return
+    for rows in batches:
+        parts = deal(rows, total, ranks)
+        yield parts[ranks.rank], tuple(_exchanged(store, parts) for store in stores)
+
+
+def _exchanged(store: Activations, parts: Sequence[Sequence[int]]) -> Tensor:
+    """The windows ``parts[rank]`` (B, T, D) on each rank, whoever holds them."""
+    ranks = store.ranks
+    held, mine = ranks.share(store.total), parts[ranks.rank]
+    leaving = {
+        rank: [row for row in part if row in held] for rank, part in enumerate(parts) if rank != ranks.rank
+    }
+    sent = {rank: store.read([row - held.start for row in rows]) for rank, rows in leaving.items() if rows}
+    batch = torch.empty((len(mine), *store.shape[1:]), device=store.device)
+    coming: dict[int, list[int]] = {}  # places in the batch by the rank that holds them
+    for place, row in enumerate(mine):
+        coming.setdefault(ranks.holder(row, store.total), []).append(place)
+    here = coming.pop(ranks.rank, [])
+    if here:
+        batch[here] = store.read([mine[place] - held.start for place in here])
+    shapes = {rank: (len(places), *store.shape[1:]) for rank, places in coming.items()}
+    for rank, hidden in ranks.exchange(sent, shapes, batch).items():
+        batch[coming[rank]] = hidden
+    return batch
 
 
 def _prefetched_cuda(

@@ -18,6 +18,7 @@ from compressor.models.source import BlockSource
 from compressor.moments import Moments
 from compressor.pruning.flap import channel_scores, compensation, member_scores
 from compressor.pruning.unit_budget import UnitPool, share_out, weights_of
+from compressor.ranks import ALONE, Ranks
 from compressor.recipe import FlapRecipe
 from compressor.sparsity import pruned_count
 from compressor.survey import survey
@@ -161,6 +162,7 @@ def plan_removal(
     sparsity: float,
     *,
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> StructuredPlan:
     """What each block loses, from one pass of the dense model over the calibration windows.
 
@@ -173,6 +175,7 @@ def plan_removal(
         sparsity: Share of the prunable weights that goes. It is met to less than the weights of one neuron; with
             uniform widths, of one neuron in each layer.
         stop: Asked between blocks; true ends the survey.
+        ranks: Who shares the windows.
 
     Raises:
         UsageError: E-FLAP-HEADS, E-FLAP-TARGET: the target cannot be met in this way.
@@ -182,9 +185,9 @@ def plan_removal(
 
     def examine(index: int, block: nn.Module, send: Callable[[], object]) -> list[_Surveyed]:
         name = f"{source.blocks_name}.{index}"
-        return _surveyed(block, name, anatomy.groups[index], send, recipe, device)
+        return _surveyed(block, name, anatomy.groups[index], send, recipe, device, ranks)
 
-    found = survey(source, ids, device, examine, stop=stop)
+    found = survey(source, ids, device, examine, stop=stop, ranks=ranks)
     pools = [
         UnitPool(group.kind, own.unit_scores, each, group.shared if group.kind == "heads" else 0)
         for groups, of_block, per_unit in zip(anatomy.groups, found, anatomy.per_unit, strict=True)
@@ -232,6 +235,7 @@ def _surveyed(
     send: Callable[[], object],
     recipe: FlapRecipe,
     device: torch.device,
+    ranks: Ranks,
 ) -> list[_Surveyed]:
     """Scores and means of a dense block's groups, after all windows have gone through it."""
     outputs = {f"{group.output}.weight": group for group in groups}
@@ -242,6 +246,7 @@ def _surveyed(
     found = []
     for path, group in outputs.items():
         inputs = moments[path]
+        inputs.merge_ranks(ranks)
         if not bool(torch.isfinite(inputs.variance).all()):
             raise InputRefused(
                 "E-STATISTIC-NONFINITE",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from compressor.errors import StoppedSafely
 from compressor.models.source import BlockSource
 from compressor.propagation import advance, embedded
+from compressor.ranks import ALONE, Ranks
 
 __all__ = ["survey"]
 
@@ -29,6 +30,7 @@ def survey(
     examine: Callable[[int, nn.Module, Callable[[], object]], Found],
     *,
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> tuple[Found, ...]:
     """What ``examine`` finds in each block of the dense model, first block to last.
 
@@ -39,11 +41,12 @@ def survey(
         examine: Called with a block's index, the block, and a function that sends all windows through it, as
             they come from the dense blocks before it; to be called once, with whatever observes them in place.
         stop: Asked between blocks; true ends the survey.
+        ranks: Who shares the windows; ``examine`` sends those of this rank.
 
     Raises:
         StoppedSafely: ``stop`` said so.
     """
-    states = embedded(source, ids, device)
+    states = embedded(source, ids, device, ranks)
     found = []
     for index in range(source.num_blocks):
         if stop():

@@ -180,6 +180,32 @@ def test_finished_output_with_a_changed_byte_is_not_taken_for_the_run_s(
     assert "E-OUTPUT-EXISTS" in refused.said
 
 
+def test_processes_that_lose_one_end_and_any_number_goes_on(
+    server: ForkServer, run: TinyRun, tmp_path: Path
+) -> None:
+    """A killed process ends the others with 5 and an id, told once; one process goes on behind what rank 0 kept."""
+    out = tmp_path / "sparse.onnx"
+    root, killed = server.run_ranks(run.argv(out), 2, faults={1: "blocks: before a window#3:kill"})
+    assert (root.code, killed.code) == (5, KILLED), root.said
+    assert "E-RANK-LOST" in root.said
+    assert killed.said == ""
+    assert windows_done(out) == 2
+    alone = server.run(run.argv(out), fault="blocks: after a window:kill")
+    assert "stopped behind block 2 of 4: going on from there" in alone.said
+    assert windows_done(out) == 3
+    refused, silent = server.run_ranks(run.argv(out, "--seed=7"), 2)
+    assert (refused.code, silent.code, silent.said) == (6, 6, "")
+    assert "E-RESUME-MISMATCH" in refused.said
+
+
+def test_commands_of_one_process_are_refused_to_several(server: ForkServer, run: TinyRun) -> None:
+    """Told once, before any work."""
+    first, second = server.run_ranks(["inspect", str(run.model)], 2)
+    assert (first.code, second.code) == (2, 2)
+    assert "E-RANKS-COMMAND" in first.said
+    assert second.said == ""
+
+
 def test_eight_runs_on_one_output_have_one_winner(run: TinyRun, tmp_path: Path) -> None:
     """The others end with 6 and name the winner's process and host; what it had begun is all that is there."""
     out = tmp_path / "out" / "sparse.onnx"

@@ -95,6 +95,7 @@ def _end(tokens: list[str]) -> int:
     """Run the command and turn whatever comes of it into an exit code."""
     from compressor.cli.failures import describe_failure, print_failure
     from compressor.cli.terminal import discard_stdout
+    from compressor.run.launch import may_tell
 
     try:
         code = _invoke(tokens)
@@ -103,7 +104,8 @@ def _end(tokens: list[str]) -> int:
     except BaseException as error:
         failure = describe_failure(error)
         code = failure.exit_code
-        print_failure(failure, as_json="--json" in tokens)
+        if may_tell(error):
+            print_failure(failure, as_json="--json" in tokens)
     finally:
         if "compressor.run.logs" in sys.modules:
             sys.modules["compressor.run.logs"].remove_log_file()

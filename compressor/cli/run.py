@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,7 @@ from compressor.cli import options
 from compressor.cli.sections import SectionedCommand
 
 if TYPE_CHECKING:  # they load torch, which waits for the lock
+    from compressor.delivery import CompressionResult
     from compressor.progress import Progress
     from compressor.recipe import Recipe
 
@@ -59,9 +61,11 @@ def command(
 
     MODEL is a Hugging Face folder or a hub id. Options beat the recipe, the recipe beats the defaults.
     """
-    from compressor.cli.session import open_session
+    from compressor.cli.ranked_run import run_ranked
+    from compressor.cli.session import open_session, refuse_launch
     from compressor.cli.signals import stop_between_blocks
     from compressor.cli.summary import result_text
+    from compressor.run.launch import launched
     from compressor.run.output import reserve_output
 
     with open_session("run", quiet=quiet, verbosity=verbosity) as session:
@@ -69,25 +73,30 @@ def command(
         from compressor.recipe_file import read_recipe
 
         chosen = read_recipe(recipe, settings)
+        launch = launched()
         if dry_run:
+            if launch is not None:
+                refuse_launch("run --dry-run", launch)
             session.result(_estimate(model, out, chosen, force, as_json, session.progress, choices))
             return 0
         may_be_done = resume != "never" and not force
-        reserved = reserve_output(out, force, model=model, may_be_done=may_be_done)
+        reserved: AbstractContextManager[object] = (
+            reserve_output(out, force, model=model, may_be_done=may_be_done)
+            if launch is None
+            else nullcontext()  # rank 0 does it when all have come together, who then hear of a refusal
+        )
         with stop_between_blocks(session.display.line) as stop, reserved:
-            from compressor.pipeline import compress  # loads torch, so after the lock
+            choices |= {"resume": resume, "stop": stop, "progress": session.progress}
+            choices |= {"force": force, "validate": not no_validate}
+            result: CompressionResult | None
+            if launch is None:
+                from compressor.pipeline import compress  # loads torch, so after the lock
 
-            result = compress(
-                model,
-                out,
-                chosen,
-                force=force,
-                validate=not no_validate,
-                resume=resume,
-                stop=stop,
-                progress=session.progress,
-                **choices,
-            )
+                result = compress(model, out, chosen, **choices)
+            else:
+                result = run_ranked(launch, model, out, chosen, **choices)
+        if result is None:
+            return 0
         text = result_text(result.report, result.out, result.html_path, as_json=as_json, quiet=quiet)
         session.result(text, result.report["notices"])
     return GATE_FAILED if result.passed is False else 0

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from compressor.cli.displays import Display, LiveDisplay, NoDisplay, PlainDisplay
 from compressor.cli.packages import overwritten_package, shadowed_text
@@ -15,6 +16,7 @@ from compressor.cli.terminal import discard_stdout, is_terminal
 from compressor.cli.wording import describe
 from compressor.errors import ReportedError, UsageError
 from compressor.progress import Event, Notice
+from compressor.run.launch import Launch, launched
 from compressor.run.logs import add_log_file
 
 # Read by the libraries when they are loaded. What they have to say goes to the log file.
@@ -74,18 +76,37 @@ def open_session(command: str, *, quiet: bool, verbosity: int) -> Iterator[Sessi
             one); 2 shows what libraries log from INFO up.
 
     Raises:
-        UsageError: The installation is damaged.
+        UsageError: The installation is damaged; or E-RANKS-COMMAND: several processes were started for a command that
+            is the work of one.
     """
     foreign = overwritten_package()
     if foreign is not None:
         raise UsageError(*shadowed_text(foreign))
+    launch = launched()
+    if launch is not None and command != "run":
+        refuse_launch(command, launch)
+    follows = launch is not None and launch.rank > 0  # then rank 0 tells
+    quiet = quiet or follows
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     with (
         _display(quiet=quiet, every_block=verbosity > 0) as display,
-        _logging(command, 0 if quiet else verbosity),
+        _logging(command, 0 if quiet else verbosity, to_file=not follows),
     ):
         yield Session(display)
+
+
+def refuse_launch(command: str, launch: Launch) -> NoReturn:
+    """Refuse to run a command in several processes.
+
+    Raises:
+        UsageError: E-RANKS-COMMAND.
+    """
+    raise UsageError(
+        "E-RANKS-COMMAND",
+        f"compress {command} is the work of one process, and {launch.world} were started",
+        "start it without torchrun; compress run shares its work",
+    )
 
 
 @contextmanager
@@ -104,7 +125,7 @@ def _display(*, quiet: bool, every_block: bool) -> Iterator[Display]:
 
 
 @contextmanager
-def _logging(command: str, verbosity: int) -> Iterator[None]:
+def _logging(command: str, verbosity: int, *, to_file: bool) -> Iterator[None]:
     """Send logs and warnings to a file, and to stderr too when asked. Progress is in the file, shown elsewhere."""
     root = logging.getLogger()
     levels = {root: root.level, _LOG: _LOG.level}
@@ -112,7 +133,8 @@ def _logging(command: str, verbosity: int) -> Iterator[None]:
     _LOG.setLevel(logging.INFO)
     logging.captureWarnings(True)
     with suppress(ReportedError, OSError):  # validate and inspect work without a place for logs
-        add_log_file(command)
+        if to_file:
+            add_log_file(command)
     _LOG.info("compress %s", shlex.join(sys.argv[1:]))
     echo = logging.StreamHandler(sys.stderr)
     echo.addFilter(lambda record: record.name != _LOG.name)

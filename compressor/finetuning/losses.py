@@ -83,12 +83,17 @@ def squarehead(
         powers: mean((h_l^T)²) of each layer, where the batch is only part of the one that is meant; ``None`` takes
             it from ``dense``.
     """
-    powers = powers if powers is not None else [T.float().square().mean() for T in dense]
+    powers = layer_powers(dense) if powers is None else powers
     terms = [
         (S.float() - T.float()).square().mean() / (power + _SQUAREHEAD_EPS)
         for S, T, power in zip(sparse, dense, powers, strict=True)
     ]
     return torch.stack(terms).sum()
+
+
+def layer_powers(dense: Sequence[Tensor]) -> list[Tensor]:
+    """mean((h_l^T)²) of each layer's states, float32."""
+    return [T.float().square().mean() for T in dense]
 
 
 def token_loss(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from compressor.linears import PrunableMatrix
+from compressor.ranks import ALONE, Ranks
 from compressor.sparsity import Mask
 from compressor.streams import Activations
 
@@ -27,7 +28,7 @@ class Windows:
     """Windows of tokens, and what the dense model makes of them.
 
     Attributes:
-        ids: (N, T) int64.
+        ids: (N, T) int64, of all ranks.
         dense: The dense model's last hidden states, (N, T, D), before final norm and head; ``None`` where no
             method asks for them. The dense model's logits are ``head(dense)``, since final norm and head are
             never changed.
@@ -58,6 +59,7 @@ class SparseModel:
         device: Where all of it computes.
         amp_dtype: bfloat16 or float16 for mixed precision, ``None`` for float32.
         micro_batch: Windows that go through the blocks at once; ``None`` for whole batches.
+        ranks: Who shares the windows; ``dense`` of each is what this one holds.
     """
 
     blocks: Sequence[nn.Module]
@@ -73,6 +75,7 @@ class SparseModel:
     device: torch.device
     amp_dtype: torch.dtype | None = None
     micro_batch: int | None = None
+    ranks: Ranks = ALONE
 
     def together(self) -> nn.ModuleList:
         """All blocks as one module; a parameter of block 3 is ``3.<path>``."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputRefused
-from compressor.finetuning.losses import Objective, squarehead, token_loss
+from compressor.finetuning.losses import Objective, layer_powers, squarehead, token_loss
 from compressor.finetuning.noise import with_noise
 from compressor.finetuning.parametrisation import Parametrisation
 from compressor.finetuning.sparse_model import (
@@ -22,6 +22,7 @@ from compressor.finetuning.sparse_model import (
     hidden_states,
     kept_bytes_per_token,
 )
+from compressor.ranks import Ranks, deal
 from compressor.recipe import LearningRateTrials, RecoveryRecipe, TrainingRecipe
 from compressor.recovery.frozen_masks import FrozenMasks
 from compressor.recovery.heldout import BestWeights
@@ -29,7 +30,7 @@ from compressor.recovery.lr_probe import climb, log_ratio
 from compressor.recovery.precision import autocast, deterministic, random_state
 from compressor.recovery.training import Batches, Course, Task, parts_of, train, trainable
 from compressor.sparsity import Mask
-from compressor.streams import in_order, prefetched
+from compressor.streams import dealt, in_order
 
 
 @dataclass(frozen=True)
@@ -181,13 +182,16 @@ class _Tuning:
             device=self._model.device,
             amp_dtype=self._model.amp_dtype,
             micro_batch=self._model.micro_batch,
+            ranks=self._model.ranks,
         )
         trial = best is None
 
         def told(number: int, total: int) -> None:
             tell(Step(number, total, lr, trial))
 
-        with random_state(self._model.device, seed):
+        # Dropout differs between ranks; noise is drawn for whole batches, by all of them alike.
+        own = 0 if self._objective.noise else self._model.ranks.rank
+        with random_state(self._model.device, seed + 1_000_003 * own):
             self._parametrisation.train(True)
             return train(task, recipe, best, lr=lr, seed=seed, progress=told)
 
@@ -225,29 +229,34 @@ class _Tuning:
                 for _ in parts_of(rows, self._model.micro_batch):
                     total += next(losses) * len(rows)
         self._parametrisation.train(True)
-        return float(total) / max(1, len(windows))
+        return self._model.ranks.total(float(total))[0] / max(1, len(windows))
 
     def _losses(self, windows: Windows, batches: Batches, noise: float = 0.0) -> Iterator[Tensor]:
         """The objective of each part of each batch, in float32, with a share of the tokens exchanged.
 
-        The parts of a batch add up to its objective: what is divided by is the whole batch's.
+        The parts of a batch, on all ranks, add up to its objective: what is divided by is the whole batch's. A rank
+        without a row has a part without gradients.
         """
-        for clean, dense in _batches(windows, batches):
-            ids = with_noise(clean, noise, windows.ids).to(self._model.device)
+        model, batches = self._model, list(batches)
+        for rows, (own, dense) in zip(batches, _own_rows(windows, batches, model.ranks), strict=True):
+            # All ranks draw for the whole batch.
+            noisy = with_noise(windows.ids[list(rows)], noise, windows.ids)
+            places = {row: place for place, row in enumerate(rows)}
+            ids = noisy[[places[row] for row in own]].to(model.device)
             parts = [
-                slice(part[0], part[-1] + 1) for part in parts_of(range(len(ids)), self._model.micro_batch)
-            ]
-            if len(parts) == 1:
-                yield self._loss(ids, dense)
-                continue
-            powers = self._dense_powers([ids[part] for part in parts])
+                slice(part.start, part.stop) for part in in_order(len(own), model.micro_batch or len(rows))
+            ] or [slice(0, 0)]
+            powers = self._powers([ids[part] for part in parts], len(rows))
             for part in parts:
                 loss = self._loss(ids[part], None if dense is None else dense[part], powers)
-                yield loss * (len(ids[part]) / len(ids))
+                share = len(ids[part]) / len(rows)
+                yield loss if share == 1 else loss * share
 
-    def _loss(self, ids: Tensor, dense: Tensor | None, powers: Sequence[Tensor] | None = None) -> Tensor:
-        """The objective over ``ids`` (B, T); ``dense`` and ``powers``: see ``token_loss`` and ``squarehead``."""
+    def _loss(self, ids: Tensor, dense: Tensor | None, powers: Sequence[Tensor] | None) -> Tensor:
+        """The objective over ``ids`` (B, T), 0 without any; ``dense`` and ``powers``: see ``token_loss``, ``squarehead``."""
         model, objective = self._model, self._objective
+        if not len(ids):
+            return torch.zeros((), device=model.device)
         with autocast(model):
             states = hidden_states(model, self._parametrisation.blocks, ids, recompute=self._recompute)
             wanted = self._dense_states(ids)
@@ -265,18 +274,21 @@ class _Tuning:
                 loss = loss + objective.sq * squarehead(states, wanted, powers)
         return loss
 
-    def _dense_powers(self, parts: Sequence[Tensor]) -> list[Tensor] | None:
-        """Mean square of each layer of the dense model over a batch in parts (B, T); none where it is not asked for."""
-        if not self._objective.sq:
+    def _powers(self, parts: Sequence[Tensor], rows: int) -> Sequence[Tensor] | None:
+        """Mean square of each layer of the dense model over a batch of ``rows`` windows; this rank has ``parts`` of it.
+
+        None where no layer is compared, and where the one part is the whole batch.
+        """
+        ranks = self._model.ranks
+        if not self._objective.sq or (len(parts) == 1 and ranks.world == 1):
             return None
-        rows = sum(len(part) for part in parts)
-        powers: list[Tensor] = []
+        total = torch.zeros(len(self._dense_blocks), dtype=torch.float64, device=self._model.device)
         for part in parts:
-            with autocast(self._model):
-                states = self._dense_states(part)
-            own = [state.float().square().mean() * (len(part) / rows) for state in states]
-            powers = [before + more for before, more in zip(powers, own, strict=True)] if powers else own
-        return powers
+            if len(part):
+                with autocast(self._model):
+                    states = self._dense_states(part)
+                total += torch.stack(layer_powers(states)).double() * (len(part) / rows)
+        return ranks.summed(total).float().unbind()
 
     def _dense_states(self, ids: Tensor) -> list[Tensor]:
         """The dense model's hidden states; none where no layer is compared."""
@@ -284,14 +296,19 @@ class _Tuning:
             return hidden_states(self._model, self._dense_blocks, ids) if self._dense_blocks else []
 
 
-def _batches(windows: Windows, batches: Batches) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Ids (B, T) and, where they are kept, the dense model's last hidden states (B, T, D), those on the device."""
+def _own_rows(
+    windows: Windows, batches: Batches, ranks: Ranks
+) -> Iterator[tuple[Sequence[int], Tensor | None]]:
+    """This rank's rows of each batch and, where they are kept, the dense model's last hidden states of them (B, T, D).
+
+    Those are on the device.
+    """
     if windows.dense is None:
         for rows in batches:
-            yield windows.ids[list(rows)], None
+            yield deal(rows, len(windows), ranks)[ranks.rank], None
         return
-    for rows, (dense,) in zip(batches, prefetched([windows.dense], batches), strict=True):
-        yield windows.ids[list(rows)], dense
+    for own, (dense,) in dealt([windows.dense], batches):
+        yield own, dense
 
 
 def _recomputes(model: SparseModel, batch_size: int) -> bool:

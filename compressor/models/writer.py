@@ -26,6 +26,7 @@ __all__ = [
     "MASKS_NAME",
     "BlockWriter",
     "CheckpointWriter",
+    "RoundingWriter",
     "round_block",
     "stored_mask",
     "write_json",
@@ -46,6 +47,26 @@ class BlockWriter(Protocol):
     def commit(self, index: int, block: nn.Module, masks: Mapping[str, Mask]) -> None:
         """Take a finished block; its weights are rounded in place to the type they are stored in."""
         ...
+
+
+class RoundingWriter:
+    """Writes nothing: for a rank beside the one that writes, which is to hold the same weights.
+
+    Args:
+        source: Where the blocks came from.
+        dtype: What the weights are stored in.
+    """
+
+    def __init__(self, source: BlockSource, dtype: torch.dtype) -> None:
+        self._source, self._dtype = source, dtype
+
+    def commit(self, index: int, block: nn.Module, masks: Mapping[str, Mask]) -> None:
+        """Round a finished block, as the writer does.
+
+        Raises:
+            InputRefused: E-WEIGHTS-NONFINITE, E-WEIGHTS-OVERFLOW: a weight cannot be stored.
+        """
+        round_block(block, f"{self._source.blocks_name}.{index}.", self._dtype)
 
 
 class CheckpointWriter:

@@ -132,7 +132,7 @@ class _Swaps:
             columns.check_finite(f"{io.name}.{matrix.name}")
             mask = matrix.of_mask(masks[matrix.parameter]).to(io.device)
             W, W_dense = matrix.of(block), matrix.of(dense)
-            rows = rows_of(W, W_dense, mask, columns, len(io.inputs), settings)
+            rows = rows_of(W, W_dense, mask, columns, io.inputs.total, settings)
             name = matrix.parameter
             when = self._when.setdefault(name, torch.zeros_like(self._present[name], dtype=torch.int32))
             matrix.of_mask(when).copy_(swap_cycles(rows, settings, io.pattern))
@@ -191,7 +191,7 @@ def window_moments(dense: nn.Module, io: BlockIO, matrices: Sequence[PrunableMat
     with torch.no_grad(), observe_inputs(dense, matrices, moments.receive):
         for (window,) in prefetched([io.inputs], in_order(len(io.inputs), 1)):
             io.forward(dense, window)
-    moments.finish()
+    moments.finish(io.inputs.ranks)
     return moments
 
 

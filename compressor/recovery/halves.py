@@ -89,6 +89,7 @@ def find_midpoint(block: nn.Module, io: BlockIO) -> Midpoint:
         InputRefused: E-WINDOW-SPLIT: there is none.
     """
     (hidden,) = next(iter(prefetched([io.inputs], in_order(1, 1))))  # (1, T, D)
+    io.inputs.ranks.from_root([hidden])  # all ranks are to find the same place
     hidden.requires_grad_(True)
     every = prunable_matrices(block, io.name, IgnoreRules())
     owners = {matrix.parameter.rpartition(".")[0] for matrix in every}

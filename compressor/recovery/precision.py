@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from compressor.ranks import ALONE, Ranks
+
 
 class Precision(Protocol):
     """What is known of where and in which type a forward pass computes; a block's IO is one."""
@@ -41,6 +43,7 @@ class Stepper:
         weights: What is trained, float32.
         precision: Says device and type.
         max_grad_norm: Longest gradient, over all weights together; ``None`` does not clip.
+        ranks: Whose gradients are added up.
     """
 
     def __init__(
@@ -49,19 +52,24 @@ class Stepper:
         weights: Sequence[nn.Parameter],
         precision: Precision,
         max_grad_norm: float | None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._optimizer = optimizer
         self._weights = weights
         self._max_grad_norm = max_grad_norm
+        self._ranks = ranks
         enabled = precision.amp_dtype == torch.float16
         self._scaler = torch.amp.GradScaler(precision.device.type, enabled=enabled)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of ``loss``, which still carry the loss scale."""
-        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        """Add the gradients of ``loss``, which still carry the loss scale; one of several ranks' may have none."""
+        scaled = self._scaler.scale(loss)
+        if scaled.requires_grad or self._ranks.world == 1:
+            scaled.backward()  # type: ignore[no-untyped-call]
 
     def unscale(self) -> None:
-        """Bring the gradients into true units; once for each step, before :meth:`step`."""
+        """Add up all ranks' gradients and bring them into true units; once for each step, before :meth:`step`."""
+        self._ranks.sum_gradients(self._weights)
         self._scaler.unscale_(self._optimizer)
 
     def step(self, lr: float) -> None:

@@ -29,7 +29,7 @@ from compressor.recipe import RecoveryRecipe
 from compressor.recovery.block_io import BlockIO
 from compressor.recovery.precision import autocast
 from compressor.recovery.training import Batches, Task, parts_of
-from compressor.streams import Activations, in_order, prefetched
+from compressor.streams import Activations, dealt, in_order, prefetched
 
 QUIETEST = 1e-6  # share of power; a token below it counts as if it were there, so that g is at most 1000
 
@@ -72,7 +72,8 @@ class ReconstructionLoss:
                 output, target = self._counted(output, target)
                 total += (output - target).square().sum(dtype=torch.float64)
                 elements += target.numel()
-        return float(total) / elements
+        squares, counted = io.heldout_inputs.ranks.total(float(total), elements)
+        return squares / counted
 
     def target_power(self, targets: Activations) -> float:
         """The loss without ``scale`` of an output that is 0 everywhere."""
@@ -82,7 +83,8 @@ class ReconstructionLoss:
             _, target = self._counted(target, target)
             total += float(target.square().sum(dtype=torch.float64))
             elements += target.numel()
-        return total / elements
+        squares, counted = targets.ranks.total(total, elements)
+        return squares / counted
 
     def _counted(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Both times g, in float32, without the tokens that do not count."""
@@ -103,7 +105,7 @@ def step_0(block: nn.Module, io: BlockIO, recipe: RecoveryRecipe) -> tuple[Recon
         InputRefused: E-CALIBRATION-SHORT: no windows to train on or to select by; E-LOSS-NONFINITE: one of the
             losses is NaN or infinite.
     """
-    counts = len(io.inputs), len(io.heldout_inputs)
+    counts = io.inputs.total, io.heldout_inputs.total
     if 0 in counts:
         raise InputRefused(
             "E-CALIBRATION-SHORT",
@@ -126,7 +128,8 @@ def mean_square(activations: Activations, first: int = 0) -> float:
     total = sum(
         float(window[first:].float().square().sum(dtype=torch.float64)) for window in activations.states
     )
-    return total / activations.states[:, first:].numel()
+    squares, elements = activations.ranks.total(total, activations.states[:, first:].numel())
+    return squares / elements
 
 
 def reconstruction_task(
@@ -149,17 +152,20 @@ def reconstruction_task(
     """
 
     def losses(batches: Batches) -> Iterator[Tensor]:
-        parts = [(part, len(part) / len(rows)) for rows in batches for part in parts_of(rows, io.micro_batch)]
-        read = prefetched([io.inputs, io.targets], [part for part, _ in parts])
-        for (_, share), (hidden, target) in zip(parts, read, strict=True):
+        split = [(part, len(rows)) for rows in batches for part in parts_of(rows, io.micro_batch)]
+        read = dealt([io.inputs, io.targets], [part for part, _ in split])
+        for (_, batch), (own, (hidden, target)) in zip(split, read, strict=True):
+            if not own:
+                yield torch.zeros((), device=io.device)
+                continue
             with autocast(io):
                 output = io.forward(block, hidden)
-            whole = loss.training(output, target)
-            yield whole if share == 1 else share * whole
+            part = loss.training(output, target)
+            yield part if len(own) == batch else part * (len(own) / batch)
 
     return Task(
         weights=weights,
-        windows=len(io.inputs),
+        windows=io.inputs.total,
         losses=losses,
         heldout=lambda: loss.heldout(block, io, recipe.batch_size),
         zero_gradients=zero_gradients,
@@ -167,4 +173,5 @@ def reconstruction_task(
         amp_dtype=io.amp_dtype,
         scale=loss.scale,
         micro_batch=io.micro_batch,
+        ranks=io.inputs.ranks,
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from compressor.ranks import ALONE, Ranks
 from compressor.recipe import TrainingRecipe
 from compressor.recovery.heldout import BestWeights
 from compressor.recovery.precision import Stepper
@@ -25,15 +26,17 @@ class Task:
 
     Attributes:
         weights: The leaves that move, float32.
-        windows: Training windows.
+        windows: Training windows, of all ranks.
         losses: Given the rows of each batch, the loss of each of their parts (``parts_of``) in turn, computed when
-            it is asked for, with gradients; the parts of a batch add up to its loss.
+            it is asked for, with gradients; of several ranks each one's share of the part, without gradients where it
+            has no row. The parts of a batch, of all ranks, add up to its loss.
         heldout: The held-out loss of the weights as they are.
         zero_gradients: Called after each backward pass: sets the gradients of masked weights to 0.
         device: Where the losses are.
         amp_dtype: bfloat16 or float16 for mixed precision, ``None`` for float32.
         scale: The losses are this often too large; what is reported is divided by it.
         micro_batch: Windows that go through at once; ``None`` for whole batches.
+        ranks: Who shares the windows.
     """
 
     weights: Sequence[nn.Parameter]
@@ -45,6 +48,7 @@ class Task:
     amp_dtype: torch.dtype | None = None
     scale: float = 1.0
     micro_batch: int | None = None
+    ranks: Ranks = ALONE
 
 
 @dataclass
@@ -77,7 +81,7 @@ def train(
         progress: Called after each step with (steps made, steps in all); what it raises ends the training.
     """
     generator = torch.Generator().manual_seed(seed)
-    stepper = Stepper(adamw(task.weights, recipe, lr), task.weights, task, recipe.max_grad_norm)
+    stepper = Stepper(adamw(task.weights, recipe, lr), task.weights, task, recipe.max_grad_norm, task.ranks)
     total = recipe.epochs * math.ceil(task.windows / recipe.batch_size)
     course = Course()
     for _ in range(recipe.epochs):
@@ -97,7 +101,7 @@ def train(
                 progress(course.steps, total)
         assert next(losses, None) is None  # asked for to let go of the last batch, too
         course.heldout = task.heldout()
-        trained = float(summed)
+        (trained,) = task.ranks.total(float(summed))
         if not math.isfinite(trained) or not math.isfinite(course.heldout):
             course.diverged = True
             break

@@ -51,7 +51,7 @@ def warm_start(block: nn.Module, masks: Mapping[str, Mask], io: BlockIO, recipe:
     with torch.no_grad(), observe_inputs(dense, matrices, grams.receive):
         for (hidden,) in prefetched([io.inputs], in_order(len(io.inputs), io.at_once(recipe.batch_size))):
             io.forward(dense, hidden)
-    grams.finish()
+    grams.finish(io.inputs.ranks)
     for matrix in matrices:
         gram = grams[matrix.name]
         assert isinstance(gram, Gram)

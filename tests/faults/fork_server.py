@@ -1,9 +1,10 @@
 """Runs of the command line in children of a process that has done the imports: ``python fork_server.py``.
 
-Each line of standard input is one run as JSON: ``argv``, ``environment`` (added to the process's), ``kill_after_s``
-(or null), ``file_limit``, the most bytes that a file may get (or null), and ``log``, a file for what the run prints.
-Each is answered by a line: ``code``, negative for the signal that ended it, and ``seconds``. No tensor is touched in
-this process, so that no thread of torch is lost in a fork.
+Each line of standard input is one run as JSON: ``argv``, ``processes``, ``kill_after_s`` (or null) and ``file_limit``,
+the most bytes that a file may get (or null). A run has one process or several that share it, each with ``environment``
+(added to this one's) and ``log``, a file for what it prints; the first one is killed. Each run is answered by a line:
+``codes`` of the processes, negative for the signal that ended one, and ``seconds``. No tensor is touched in this
+process, so that no thread of torch is lost in a fork.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import resource
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import onnxruntime  # noqa: F401  # so that the children need not
@@ -26,31 +28,45 @@ from compressor.cli import main
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
-    """One child, from its start to its end."""
+    """One run, from its start to the end of its last process."""
     started = time.perf_counter()
-    child = os.fork()
-    if child == 0:
-        _become(request)
+    children = []
+    for process in request["processes"]:
+        children.append(os.fork())
+        if children[-1] == 0:
+            _become(request, process)
     killed_at = request["kill_after_s"]
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            break
-        if killed_at is not None and time.perf_counter() - started >= killed_at:
-            os.kill(child, signal.SIGKILL)
+    codes: dict[int, int] = {}
+    while len(codes) < len(children):
+        for child in children:
+            ended, status = (0, 0) if child in codes else os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        if killed_at is not None and time.perf_counter() - started >= killed_at and children[0] not in codes:
+            os.kill(children[0], signal.SIGKILL)
             killed_at = None
+        left = [child for child in children if child not in codes]
+        if len(left) == 1 < len(children):
+            _kill_if_stopped(left[0])
         time.sleep(0.002)
-    return {"code": os.waitstatus_to_exitcode(status), "seconds": time.perf_counter() - started}
+    return {"codes": [codes[child] for child in children], "seconds": time.perf_counter() - started}
 
 
-def _become(request: dict[str, Any]) -> None:
-    """Turn this child into the run; it does not come back."""
+def _kill_if_stopped(child: int) -> None:
+    """End a process that a fault has paused, once the others are gone."""
+    state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
+    if state == "T":
+        os.kill(child, signal.SIGKILL)
+
+
+def _become(request: dict[str, Any], process: dict[str, Any]) -> None:
+    """Turn this child into one process of the run; it does not come back."""
     code = 1
     try:
-        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        log = os.open(process["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os.environ.update(request["environment"])
+        os.environ.update(process["environment"])
         if request["file_limit"] is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
         sys.argv = ["compress", *request["argv"]]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from faults.local_ranks import environment_of, free_port
 from tiny_models import save_variant, write_texts
 
 from compressor.run.output import name_output
@@ -46,22 +47,65 @@ class ForkServer:
         file_limit: int | None = None,
     ) -> Ended:
         """One run of the command line, to its end."""
+        environment = {"BLOCKPRESS_FAULT": fault or ""}
+        return self._start(argv, [environment], kill_after_s=kill_after_s, file_limit=file_limit)[0]
+
+    def run_ranks(
+        self,
+        argv: Sequence[str],
+        ranks: int,
+        *,
+        faults: Mapping[int, str] | None = None,
+        patience_s: int = 120,
+    ) -> list[Ended]:
+        """One run of the command line in several processes that share it, to the end of all.
+
+        Args:
+            argv: Of each of them.
+            ranks: How many.
+            faults: What goes wrong, by rank.
+            patience_s: After which one that does not answer is taken for lost; a paused one is killed at the end.
+        """
+        port = free_port()
+        environments = [
+            {
+                **environment_of(rank, ranks, port),
+                "BLOCKPRESS_FAULT": (faults or {}).get(rank, ""),
+                "BLOCKPRESS_RANKS_TIMEOUT": str(patience_s),
+            }
+            for rank in range(ranks)
+        ]
+        return self._start(argv, environments)
+
+    def _start(
+        self,
+        argv: Sequence[str],
+        environments: Sequence[Mapping[str, str]],
+        *,
+        kill_after_s: float | None = None,
+        file_limit: int | None = None,
+    ) -> list[Ended]:
         self._count += 1
-        log = self._folder / f"run-{self._count}.txt"
-        environment = {"BLOCKPRESS_FAULT": fault or "", "BLOCKPRESS_CACHE": str(self._folder / "cache")}
+        logs = [self._folder / f"run-{self._count}-{place}.txt" for place in range(len(environments))]
+        cache = {"BLOCKPRESS_CACHE": str(self._folder / "cache")}
         request = {
             "argv": list(argv),
-            "environment": environment,
+            "processes": [
+                {"environment": {**cache, **environment}, "log": str(log)}
+                for environment, log in zip(environments, logs, strict=True)
+            ],
             "kill_after_s": kill_after_s,
             "file_limit": file_limit,
-            "log": str(log),
         }
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
-        return Ended(answer["code"], answer["seconds"], log.read_text(encoding="utf-8", errors="replace"))
+        return [
+            Ended(code, answer["seconds"], log.read_text(encoding="utf-8", errors="replace"))
+            for code, log in zip(answer["codes"], logs, strict=True)
+        ]
 
 
 @contextmanager
