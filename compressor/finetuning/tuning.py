@@ -253,7 +253,7 @@ class _Tuning:
                 yield loss if share == 1 else loss * share
 
     def _loss(self, ids: Tensor, dense: Tensor | None, powers: Sequence[Tensor] | None) -> Tensor:
-        """The objective over ``ids`` (B, T), 0 without any; ``dense`` and ``powers``: see ``token_loss``, ``squarehead``."""
+        """The objective over ``ids`` (B, T), 0 without any; see ``token_loss`` and ``squarehead`` for the others."""
         model, objective = self._model, self._objective
         if not len(ids):
             return torch.zeros((), device=model.device)
