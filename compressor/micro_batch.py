@@ -68,8 +68,8 @@ class MicroBatch:
                 if before == 1 or not self._may_halve:
                     raise OutOfResources(
                         "E-DEVICE-MEMORY",
-                        f"{what} does not fit into the device's memory, {before} window(s) at a time: "
-                        f"{_first_line(error)}",
+                        f"{what} does not fit into the device's memory, "
+                        f"{'one window' if before == 1 else f'{before} windows'} at a time: {_first_line(error)}",
                         remedy,
                     ) from None
             # Behind the handler: until here the exception holds the frames, and they hold the tensors.
