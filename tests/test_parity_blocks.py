@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import test_validate_export
 from exported_models import exported
+from onnx_samples import weight_of, write_product
 from test_validate_export import request_of_export  # noqa: F401  # a fixture
 
 from exporters.file_graph import graph_of_file
@@ -145,3 +146,14 @@ def test_requests_that_make_no_sense_are_refused(request_of_export: ValidationRe
     with pytest.raises(ValidationUsageError, match="tasks run the whole model") as caught:
         check_request(dataclasses.replace(request_of_export, parity="blocks", tasks=tasks))
     assert caught.value.error_id == "E-PARITY-TASKS"
+
+
+@pytest.mark.parametrize(("encoding", "factor"), [("dense", 1.3), ("sparse", 2.2)])
+def test_memory_of_the_whole_counts_what_loading_adds(tmp_path: Path, encoding: str, factor: float) -> None:
+    """Expanded weights, and for sparse ones the indices that lie beside them meanwhile."""
+    values = np.zeros((64, 64), np.float32)
+    values[::2] = 1
+    path, _ = write_product(tmp_path, [weight_of("w", values)], encoding=encoding)  # type: ignore[arg-type]
+    (weight,) = [tensor for tensor in read_model(path).tensors if tensor.name == "w"]
+    assert weight.encoding == encoding
+    assert room.loaded_bytes([weight]) == int(factor * 64 * 64 * 4)
