@@ -40,9 +40,16 @@ def blocks_of(structure: Structure, request: ValidationRequest) -> tuple[FileGra
     """The graph to run block by block, None to run it whole; and why blocks were chosen, where nobody asked for them.
 
     Raises:
-        ValidationUsageError: E-PARITY-BLOCKS: blocks are asked for, and the file does not show where they are.
+        ValidationUsageError: E-PARITY-BLOCKS: blocks are asked for, and the file does not show where they are, or its weights
+            are packed.
     """
-    if request.parity == "whole":
+    if structure.packed and request.parity == "blocks":
+        raise ValidationUsageError(
+            "E-PARITY-BLOCKS",
+            f"{structure.model_path.name} has packed weights, which run with the whole model only",
+            "give --parity whole: packed weights are used as they lie in the file, and take little memory",
+        )
+    if structure.packed or request.parity == "whole":
         return None, None
     needed, free = loaded_bytes(structure.model.tensors), available_memory_bytes()
     free = min(free, request.memory_limit_bytes or free)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,6 +78,8 @@ class Session:
         provider: str = "auto",
         extra_outputs: Sequence[str] = (),
         graph: bytes | None = None,
+        *,
+        library: bool = False,
     ) -> None:
         """Load ``path``.
 
@@ -85,6 +88,7 @@ class Session:
             provider: "auto", or the name of an execution provider, with or without "ExecutionProvider".
             extra_outputs: Values inside the graph that become outputs too.
             graph: A serialized part of the file, without external data, that is loaded in its place.
+            library: Register the operators of blockpress-runtime, which must be there.
 
         Raises:
             ValidationError: E-ORT-LOAD: ONNX Runtime refuses the file.
@@ -95,6 +99,8 @@ class Session:
         wanted = choose_provider(provider)
         model: str | bytes = str(path) if graph is None else graph
         options = _session_options(ort)
+        if library:
+            _runtime().register(options)
         folder = path.absolute().parent if extra_outputs else Path.cwd()
         if extra_outputs:
             model = path.read_bytes() + _outputs_fragment(extra_outputs)
@@ -158,6 +164,26 @@ def import_onnxruntime() -> Any:
             "install it as an extra: pip install 'blockpress[gpu]' (x86) or 'blockpress[cpu]'",
         ) from error
     return onnxruntime
+
+
+def packed_runtime() -> str | None:
+    """Why packed weights cannot be multiplied as they lie here; None where blockpress-runtime works."""
+    try:
+        _runtime().register(_session_options(import_onnxruntime()))
+    except ImportError:
+        return "blockpress-runtime is not installed"
+    except Exception as error:  # its own error, or one of ONNX Runtime's: the library does not load
+        return first_line(error)
+    return None
+
+
+def _runtime() -> Any:
+    """The module of blockpress-runtime; optional, so that it is not imported before it is asked for.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    return importlib.import_module("blockpress_runtime")
 
 
 def installation_notices() -> tuple[str, ...]:
