@@ -134,7 +134,9 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     size = write_model(folder, config)
     weights = size // getattr(torch, dtype).itemsize
-    click.echo(f"{folder}: {depth} layers, hidden {hidden}, {weights / 1e6:.1f} M weights, {size / 2**20:.0f} MiB")
+    click.echo(
+        f"{folder}: {depth} layers, hidden {hidden}, {weights / 1e6:.1f} M weights, {size / 2**20:.0f} MiB"
+    )
 
 
 if __name__ == "__main__":

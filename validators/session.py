@@ -1,4 +1,7 @@
-"""ONNX Runtime sessions: which provider runs and what loading costs. The only importer of onnxruntime."""
+"""ONNX Runtime sessions: which provider runs and what loading costs.
+
+The only importer of onnxruntime but for ``speed.quantised``, which needs its tools and no session.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import ctypes
 import gc
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -71,13 +74,20 @@ class Session:
         notices: What the user should know about the installation.
     """
 
-    def __init__(self, path: Path, provider: str = "auto", extra_outputs: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        provider: str = "auto",
+        extra_outputs: Sequence[str] = (),
+        configure: Callable[[Any], None] | None = None,
+    ) -> None:
         """Load ``path``.
 
         Args:
             path: The ``.onnx`` file; its external data lies beside it.
             provider: "auto", or the name of an execution provider, with or without "ExecutionProvider".
             extra_outputs: Values inside the graph that become outputs too.
+            configure: Changes the session options before they are used: threads, libraries of operators.
 
         Raises:
             ValidationError: E-ORT-LOAD: ONNX Runtime refuses the file.
@@ -88,6 +98,8 @@ class Session:
         wanted = choose_provider(provider)
         model: str | bytes = str(path)
         options = _session_options(ort)
+        if configure is not None:
+            configure(options)
         folder = path.absolute().parent if extra_outputs else Path.cwd()
         if extra_outputs:
             model = path.read_bytes() + _outputs_fragment(extra_outputs)
