@@ -1,0 +1,37 @@
+// What FORMAT.md tells a reader to check before the first product.
+#pragma once
+
+#include "message.h"
+#include "ort_abi.h"
+#include "weight.h"
+
+namespace blockpress {
+
+constexpr int kMaxRank = 8; // of the weight's tensors; one with more axes is refused anyway
+
+// A tensor as ONNX Runtime gives it; `dims` holds the first kMaxRank axes.
+struct Tensor {
+  ort::ElementType type;
+  int64_t rank;
+  int64_t dims[kMaxRank];
+  const void* data;
+};
+
+// The operator's inputs 1 to 5.
+enum WeightInput : int { kMask, kValues, kOffsets, kScales, kBias, kWeightInputs };
+
+struct Attributes {
+  int64_t format_version;
+  int64_t columns;
+  int64_t group_size;
+  int64_t activation_bits;
+};
+
+// Whether the attributes hold by themselves; if not, `message` says which does not and why.
+bool CheckAttributes(const Attributes& attributes, Message* message);
+
+// Whether no kernel can be led outside of the tensors; then `weight` is what the kernels read. Reads every byte of the
+// mask, none of the values. The attributes are checked ones.
+bool CheckWeight(const Attributes& attributes, const Tensor (&inputs)[kWeightInputs], Weight* weight, Message* message);
+
+} // namespace blockpress

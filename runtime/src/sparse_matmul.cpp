@@ -1,0 +1,330 @@
+#include "sparse_matmul.h"
+
+#include <cinttypes>
+#include <climits>
+#include <cstdlib>
+#include <new>
+
+#include "checks.h"
+#include "kernels.h"
+
+namespace blockpress {
+namespace {
+
+constexpr size_t kInputs = 1 + kWeightInputs;
+constexpr int64_t kMaxTasks = 256;
+// Products that are worth handing to another thread: some 20 microseconds of a vector kernel.
+constexpr int64_t kTaskProducts = 1 << 19;
+
+struct Kernel {
+  const ort::Api* api;
+  const Kernels* kernels;
+  Attributes attributes;
+  bool constant; // the weight is the same at every run, and `weight` holds it, checked
+  Weight weight;
+};
+
+// Memory for one run, aligned for vectors. A failed allocation is null.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(memory_); }
+
+  void* Allocate(int64_t bytes) {
+    memory_ = std::malloc(static_cast<size_t>(bytes) + kAlignment);
+    if (memory_ == nullptr) return nullptr;
+    const auto address = reinterpret_cast<uintptr_t>(memory_);
+    return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  void* memory_ = nullptr;
+};
+
+ort::Status* Refuse(const ort::Api* api, const Message& message) {
+  return api->CreateStatus(ort::kInvalidArgument, message.text());
+}
+
+// Reads type, shape and address of a tensor; `dims` gets at most `capacity` axes.
+ort::Status* Describe(const ort::Api* api, const ort::Value* value, ort::ElementType* type, int64_t* rank,
+                      int64_t* dims, int64_t capacity, const void** data) {
+  if (value == nullptr) return api->CreateStatus(ort::kInvalidArgument, "SparseMatMul: an input is not given");
+  int is_tensor = 0;
+  if (auto* status = api->IsTensor(value, &is_tensor)) return status;
+  if (is_tensor == 0) return api->CreateStatus(ort::kInvalidArgument, "SparseMatMul: an input is not a tensor");
+  ort::TypeAndShape* info = nullptr;
+  if (auto* status = api->GetTensorTypeAndShape(value, &info)) return status;
+  size_t count = 0;
+  auto* status = api->GetTensorElementType(info, type);
+  if (status == nullptr) status = api->GetDimensionsCount(info, &count);
+  if (status == nullptr) {
+    *rank = static_cast<int64_t>(count);
+    const size_t read = *rank < capacity ? count : static_cast<size_t>(capacity);
+    status = api->GetDimensions(info, dims, read);
+  }
+  api->ReleaseTypeAndShape(info);
+  if (status != nullptr) return status;
+  void* address = nullptr;
+  status = api->GetTensorMutableData(const_cast<ort::Value*>(value), &address);
+  *data = address;
+  return status;
+}
+
+ort::Status* Describe(const ort::Api* api, const ort::Value* value, Tensor* tensor) {
+  return Describe(api, value, &tensor->type, &tensor->rank, tensor->dims, kMaxRank, &tensor->data);
+}
+
+// Checks the weight where all of it is constant, which ONNX Runtime knows when it creates the kernel.
+ort::Status* TakeConstantWeight(Kernel* kernel, const ort::KernelInfo* info) {
+  Tensor inputs[kWeightInputs];
+  for (int which = 0; which < kWeightInputs; ++which) {
+    int is_constant = 0;
+    const ort::Value* value = nullptr;
+    const size_t index = static_cast<size_t>(which) + 1;
+    if (auto* status = kernel->api->KernelInfoGetConstantInput(info, index, &is_constant, &value)) return status;
+    if (is_constant == 0 || value == nullptr) return nullptr;
+    if (auto* status = Describe(kernel->api, value, &inputs[which])) return status;
+  }
+  Message message;
+  if (!CheckWeight(kernel->attributes, inputs, &kernel->weight, &message)) return Refuse(kernel->api, message);
+  kernel->constant = true;
+  return nullptr;
+}
+
+// The weight of this run: the constant one, or the run's own inputs, checked.
+ort::Status* TakeWeight(const Kernel& kernel, const ort::KernelContext* context, Weight* weight) {
+  if (kernel.constant) {
+    *weight = kernel.weight;
+    return nullptr;
+  }
+  Tensor inputs[kWeightInputs];
+  for (int which = 0; which < kWeightInputs; ++which) {
+    const ort::Value* value = nullptr;
+    const size_t index = static_cast<size_t>(which) + 1;
+    if (auto* status = kernel.api->KernelContextGetInput(context, index, &value)) return status;
+    if (auto* status = Describe(kernel.api, value, &inputs[which])) return status;
+  }
+  Message message;
+  return CheckWeight(kernel.attributes, inputs, weight, &message) ? nullptr : Refuse(kernel.api, message);
+}
+
+// x, its leading axes flattened to `rows`.
+struct Input {
+  int64_t rank;
+  int64_t rows;
+  const float* data;
+  int64_t dims[64];
+};
+
+ort::Status* TakeInput(const Kernel& kernel, const ort::KernelContext* context, Input* x) {
+  const ort::Value* value = nullptr;
+  if (auto* status = kernel.api->KernelContextGetInput(context, 0, &value)) return status;
+  constexpr int64_t kCapacity = sizeof x->dims / sizeof x->dims[0];
+  ort::ElementType type;
+  const void* data;
+  if (auto* status = Describe(kernel.api, value, &type, &x->rank, x->dims, kCapacity, &data)) return status;
+  Message message;
+  if (type != ort::kFloat) {
+    message.Set("SparseMatMul: x must be float32, but has element type %d of ONNX", static_cast<int>(type));
+  } else if (x->rank < 1 || x->rank > kCapacity) {
+    message.Set("SparseMatMul: x must have 1 to %" PRId64 " axes, but has %" PRId64, kCapacity, x->rank);
+  } else if (x->dims[x->rank - 1] != kernel.attributes.columns) {
+    message.Set("SparseMatMul: the last axis of x must be %" PRId64 ", but is %" PRId64, kernel.attributes.columns,
+                x->dims[x->rank - 1]);
+  }
+  if (!message.empty()) return Refuse(kernel.api, message);
+  x->data = static_cast<const float*>(data);
+  x->rows = 1;
+  for (int64_t axis = 0; axis < x->rank - 1; ++axis) {
+    if (x->dims[axis] == 0) x->rows = 0;
+  }
+  // No overflow: the tensor exists, so that the product of its axes, none of which is 0, fits.
+  for (int64_t axis = 0; x->rows != 0 && axis < x->rank - 1; ++axis) x->rows *= x->dims[axis];
+  return nullptr;
+}
+
+// One run, cut into tasks for the session's threads.
+struct Run {
+  const Kernel* kernel;
+  const ort::KernelContext* context;
+  const Weight* weight;
+  Activations activations;
+  const float* x;
+  int8_t* quantized;
+  float* steps;
+  float* y;
+  int64_t strips;
+  int64_t strips_per_task;
+};
+
+void QuantizeTask(void* argument, size_t index) {
+  const Run& run = *static_cast<Run*>(argument);
+  const auto row = static_cast<int64_t>(index);
+  const int64_t columns = run.weight->columns, stride = run.activations.stride;
+  run.steps[row] =
+      run.kernel->kernels->quantize(run.x + row * columns, columns, stride, run.quantized + row * stride);
+}
+
+void MultiplyTask(void* argument, size_t index) {
+  const Run& run = *static_cast<Run*>(argument);
+  const int64_t first = static_cast<int64_t>(index) * run.strips_per_task;
+  const int64_t left = run.strips - first;
+  const int64_t last = first + (left < run.strips_per_task ? left : run.strips_per_task);
+  run.kernel->kernels->multiply(*run.weight, run.activations, first, last, run.y);
+}
+
+ort::Status* ForEach(Run* run, void (*task)(void*, size_t), int64_t count) {
+  if (count == 1) {
+    task(run, 0);
+    return nullptr;
+  }
+  return run->kernel->api->KernelContextParallelFor(run->context, task, static_cast<size_t>(count), run);
+}
+
+// Bytes of `rows` rows of `stride` elements, or -1 where they are beyond 64 bits.
+int64_t RowBytes(int64_t rows, int64_t stride, int64_t element) {
+  constexpr int64_t kLimit = INT64_MAX / 2;
+  return rows > kLimit / (stride * element) ? -1 : rows * stride * element;
+}
+
+// The rows of x as kernels want them: rounded to int8, padded to whole pieces, or where they are.
+ort::Status* PrepareActivations(Run* run, Buffer* rows, Buffer* steps) {
+  Activations& activations = run->activations;
+  const int64_t columns = run->weight->columns;
+  const bool rounded = run->kernel->attributes.activation_bits == 8;
+  activations.stride = run->weight->pieces() * kPieceColumns;
+  if (!rounded && activations.stride == columns) {
+    activations.x = run->x;
+    return nullptr;
+  }
+  const int64_t bytes = RowBytes(activations.rows, activations.stride, rounded ? 1 : sizeof(float));
+  void* memory = bytes < 0 ? nullptr : rows->Allocate(bytes);
+  if (rounded) run->steps = static_cast<float*>(steps->Allocate(activations.rows * 4));
+  if (memory == nullptr || (rounded && run->steps == nullptr)) {
+    return run->kernel->api->CreateStatus(ort::kFail, "SparseMatMul: out of memory for the rows of x");
+  }
+  if (rounded) {
+    run->quantized = static_cast<int8_t*>(memory);
+    activations.quantized = run->quantized;
+    activations.scales = run->steps;
+    return ForEach(run, &QuantizeTask, activations.rows);
+  }
+  auto* padded = static_cast<float*>(memory);
+  for (int64_t row = 0; row < activations.rows; ++row) {
+    float* out = padded + row * activations.stride;
+    std::memcpy(out, run->x + row * columns, static_cast<size_t>(columns) * sizeof(float));
+    std::memset(out + columns, 0, static_cast<size_t>(activations.stride - columns) * sizeof(float));
+  }
+  activations.x = padded;
+  return nullptr;
+}
+
+int64_t StripsPerTask(const Weight& weight, int64_t x_rows, int64_t strips) {
+  const int64_t products = kStripRows * weight.columns; // of one strip and one row of x, below 2^35
+  const int64_t of_strip = x_rows > INT64_MAX / products ? INT64_MAX : x_rows * products;
+  const int64_t worthwhile = of_strip > kTaskProducts ? 1 : kTaskProducts / of_strip;
+  const int64_t few_enough = (strips + kMaxTasks - 1) / kMaxTasks;
+  return worthwhile > few_enough ? worthwhile : few_enough;
+}
+
+ort::Status* BLOCKPRESS_ORT_CALL Compute(void* self, ort::KernelContext* context) {
+  const Kernel& kernel = *static_cast<const Kernel*>(self);
+  Input x;
+  Weight weight;
+  if (auto* status = TakeInput(kernel, context, &x)) return status;
+  if (auto* status = TakeWeight(kernel, context, &weight)) return status;
+  x.dims[x.rank - 1] = weight.rows;
+  ort::Value* output = nullptr;
+  void* y = nullptr;
+  if (auto* status =
+          kernel.api->KernelContextGetOutput(context, 0, x.dims, static_cast<size_t>(x.rank), &output)) {
+    return status;
+  }
+  if (x.rows == 0 || weight.rows == 0) return nullptr;
+  if (auto* status = kernel.api->GetTensorMutableData(output, &y)) return status;
+
+  Buffer rows, steps;
+  Run run{};
+  run.kernel = &kernel;
+  run.context = context;
+  run.weight = &weight;
+  run.activations.rows = x.rows;
+  run.x = x.data;
+  run.y = static_cast<float*>(y);
+  run.strips = (weight.rows + kStripRows - 1) / kStripRows;
+  run.strips_per_task = StripsPerTask(weight, x.rows, run.strips);
+  if (auto* status = PrepareActivations(&run, &rows, &steps)) return status;
+  return ForEach(&run, &MultiplyTask, (run.strips + run.strips_per_task - 1) / run.strips_per_task);
+}
+
+ort::Status* ReadAttributes(const ort::Api* api, const ort::KernelInfo* info, Attributes* attributes) {
+  if (auto* status = api->KernelInfoGetInt64(info, "format_version", &attributes->format_version)) return status;
+  if (auto* status = api->KernelInfoGetInt64(info, "columns", &attributes->columns)) return status;
+  if (auto* status = api->KernelInfoGetInt64(info, "group_size", &attributes->group_size)) return status;
+  if (auto* status = api->KernelInfoGetInt64(info, "activation_bits", &attributes->activation_bits)) return status;
+  Message message;
+  return CheckAttributes(*attributes, &message) ? nullptr : Refuse(api, message);
+}
+
+ort::Status* Fill(Kernel* kernel, const ort::KernelInfo* info) {
+  const char* error = "";
+  kernel->kernels = BestKernels(&error);
+  if (kernel->kernels == nullptr) return kernel->api->CreateStatus(ort::kInvalidArgument, error);
+  if (auto* status = ReadAttributes(kernel->api, info, &kernel->attributes)) return status;
+  return TakeConstantWeight(kernel, info);
+}
+
+ort::Status* BLOCKPRESS_ORT_CALL CreateKernel(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info,
+                                              void** result) {
+  auto* kernel = new (std::nothrow) Kernel{};
+  if (kernel == nullptr) return api->CreateStatus(ort::kFail, "SparseMatMul: out of memory");
+  kernel->api = api;
+  if (auto* status = Fill(kernel, info)) {
+    delete kernel;
+    return status;
+  }
+  *result = kernel;
+  return nullptr;
+}
+
+void BLOCKPRESS_ORT_CALL DestroyKernel(void* self) { delete static_cast<Kernel*>(self); }
+
+// The values have five types: "undefined" takes any, and the checks are those above.
+ort::ElementType BLOCKPRESS_ORT_CALL InputType(const ort::CustomOp*, size_t index) {
+  constexpr ort::ElementType kTypes[kInputs] = {ort::kFloat, ort::kUint8, ort::kUndefined,
+                                                ort::kInt64, ort::kFloat, ort::kFloat};
+  return kTypes[index];
+}
+
+constexpr ort::CustomOp MakeSparseMatMul() {
+  ort::CustomOp op{};
+  op.version = ort::kApiVersion;
+  op.GetName = [](const ort::CustomOp*) -> const char* { return "SparseMatMul"; };
+  op.GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return "CPUExecutionProvider"; };
+  op.GetInputType = &InputType;
+  op.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return kInputs; };
+  op.GetOutputType = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
+  op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
+  op.KernelDestroy = &DestroyKernel;
+  op.GetInputCharacteristic = [](const ort::CustomOp*, size_t) { return 0; };
+  op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return 0; };
+  op.GetInputMemoryType = [](const ort::CustomOp*, size_t) { return 0; };
+  op.GetVariadicInputMinArity = [](const ort::CustomOp*) { return 1; };
+  op.GetVariadicInputHomogeneity = [](const ort::CustomOp*) { return 1; };
+  op.GetVariadicOutputMinArity = [](const ort::CustomOp*) { return 1; };
+  op.GetVariadicOutputHomogeneity = [](const ort::CustomOp*) { return 1; };
+  op.CreateKernelV2 = &CreateKernel;
+  op.KernelComputeV2 = &Compute;
+  op.GetStartVersion = [](const ort::CustomOp*) { return 1; };
+  op.GetEndVersion = [](const ort::CustomOp*) { return INT_MAX; };
+  return op;
+}
+
+} // namespace
+
+extern const ort::CustomOp kSparseMatMul = MakeSparseMatMul();
+
+} // namespace blockpress
