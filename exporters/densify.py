@@ -7,18 +7,21 @@ never pruned. Tools that quantise need this form too: they fail on sparse initia
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from exporters.fragments import tensor_bytes
+from exporters.packed_function import DOMAIN, OPERATOR
+from exporters.packing import PackedMatrix, dequantize, unpack_matrix
 from exporters.read import OnnxFile
-from exporters.stored import SparseTensor, StoredTensor
+from exporters.stored import SparseTensor, StoredTensor, malformed
 from exporters.wire import write_model
 
 _HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -57,8 +60,10 @@ def densify(model: OnnxFile, path: Path, *, fold_transposes: bool = False) -> No
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
-    weights = {tensor.name: _weight(tensor) for tensor in _initializers(model)}
+    stored = {tensor.name: tensor for tensor in _initializers(model)}
+    weights = {name: _weight(tensor) for name, tensor in stored.items()}
     proto.graph.ClearField("initializer")
+    _unpack_products(proto, stored, weights)
     _widen_graph(proto.graph)
     _drop_casts(proto.graph, weights)
     if fold_transposes:
@@ -75,11 +80,16 @@ def has_transposed_weights(model: OnnxFile) -> bool:
     """Whether a weight reaches a product through a Transpose."""
     names = {tensor.name for tensor in _initializers(model)}
     through = {
-        node.output[0] for node in model.proto.graph.node if node.op_type == "Cast" and node.input[0] in names
+        node.output[0] for node in model.proto.graph.node if node.op_type == "Cast" and _source(node) in names
     }
     return any(
-        node.op_type == "Transpose" and node.input[0] in names | through for node in model.proto.graph.node
+        node.op_type == "Transpose" and _source(node) in names | through for node in model.proto.graph.node
     )
+
+
+def _source(node: onnx.NodeProto) -> str:
+    """The first input; "" where the node has none, or gives nothing, as in a broken file."""
+    return str(node.input[0]) if node.input and node.output else ""
 
 
 def _initializers(model: OnnxFile) -> Iterator[StoredTensor]:
@@ -98,6 +108,48 @@ def _weight(tensor: StoredTensor) -> DenseWeight:
     if tensor.dtype not in _HALF:
         return DenseWeight(tensor.name, tensor.shape, tensor.dtype, tensor.load)
     return DenseWeight(tensor.name, tensor.shape, TensorProto.FLOAT, lambda: tensor.load().astype(np.float32))
+
+
+def _unpack_products(proto: onnx.ModelProto, stored: Mapping[str, StoredTensor], weights: Weights) -> None:
+    """Replace each product by a packed weight by one with the whole matrix, (inputs, outputs), in float32."""
+    nodes = []
+    for node in proto.graph.node:
+        if node.domain != DOMAIN or node.op_type != OPERATOR:
+            nodes.append(node)
+            continue
+        parts = [stored[name] for name in node.input[1:] if name in stored]
+        options = {attribute.name: int(attribute.i) for attribute in node.attribute}
+        if len(parts) != 5 or len(parts[0].shape) != 2 or "columns" not in options or not node.output:
+            raise malformed(node.name, f"{OPERATOR} needs five initializers and the number of columns")
+        name, bias = f"{node.output[0]}.weight", node.input[5]
+        shape = (options["columns"], parts[0].shape[0])
+        weights[name] = DenseWeight(name, shape, TensorProto.FLOAT, partial(_unpacked, name, parts, options))
+        added = weights[bias].load().any()
+        product = f"{node.output[0]}.product" if added else node.output[0]
+        nodes.append(helper.make_node("MatMul", [node.input[0], name], [product], name=node.name))
+        if added:
+            nodes.append(helper.make_node("Add", [product, bias], [node.output[0]], name=f"{node.name}/bias"))
+    proto.graph.ClearField("node")
+    proto.graph.node.extend(nodes)
+    for entries in (proto.functions, proto.opset_import):
+        for entry in [entry for entry in entries if entry.domain == DOMAIN]:
+            entries.remove(entry)
+
+
+def _unpacked(name: str, parts: Sequence[StoredTensor], options: Mapping[str, int]) -> NDArray[np.float32]:
+    """The matrix of a packed weight, transposed: (inputs, outputs)."""
+    mask, values, offsets, scales = (part.load() for part in parts[:4])
+    packed = PackedMatrix(
+        mask.astype(np.uint8, copy=False),
+        values,
+        offsets.astype(np.int64, copy=False),
+        options["columns"],
+        int4=values.dtype == np.uint8,
+    )
+    W = dequantize(
+        unpack_matrix(packed, name), scales.astype(np.float32, copy=False), options.get("group_size", 0)
+    )
+    return np.ascontiguousarray(W.T)
 
 
 def _widen_graph(graph: onnx.GraphProto) -> None:
@@ -123,10 +175,8 @@ def _drop_casts(graph: onnx.GraphProto, weights: Weights) -> None:
     """Take out the casts of weights that now have the type they are cast to: a product's factor is then a weight."""
     renamed: dict[str, str] = {}
     for node in list(graph.node):
-        if node.op_type != "Cast" or node.input[0] not in weights:
-            continue
-        to = next(attribute.i for attribute in node.attribute if attribute.name == "to")
-        if to == weights[node.input[0]].dtype:
+        source = weights.get(_source(node)) if node.op_type == "Cast" else None
+        if source is not None and [a.i for a in node.attribute if a.name == "to"] == [source.dtype]:
             renamed[node.output[0]] = node.input[0]
             graph.node.remove(node)
     _rename_inputs(graph, renamed)
@@ -136,7 +186,7 @@ def _fold_transposes(graph: onnx.GraphProto, weights: Weights) -> None:
     """Replace each Transpose of a whole matrix by a weight that is stored so."""
     renamed: dict[str, str] = {}
     for node in list(graph.node):
-        source = weights.get(node.input[0]) if node.op_type == "Transpose" else None
+        source = weights.get(_source(node)) if node.op_type == "Transpose" else None
         if source is None or len(source.shape) != 2 or [list(a.ints) for a in node.attribute] == [[0, 1]]:
             continue
         name = f"{source.name}.transposed"

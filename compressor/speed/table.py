@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from compressor.report.units import MISSING, byte_size, duration, number, percent
 from validators.speed.figures import Figure, figure
@@ -20,8 +21,9 @@ class SpeedTable:
 
 
 def tables_of(speed: Speed) -> list[SpeedTable]:
-    """A table of speeds for each batch size, then one of sizes."""
-    return [*(_speeds(speed, batch) for batch in speed.workload.batches), _sizes(speed)]
+    """Decoding and prefill for each batch size, then sizes."""
+    speeds = [table(speed, batch) for batch in speed.workload.batches for table in (_decoding, _prefill)]
+    return [*speeds, _sizes(speed)]
 
 
 def protocol_lines(speed: Speed) -> list[str]:
@@ -32,53 +34,66 @@ def protocol_lines(speed: Speed) -> list[str]:
         f"own, {work.rounds} rounds in turns; medians ± half the distance of the quartiles",
         f"prefill: {work.prompt_tokens} random tokens, logits of all of them; decode: {work.decode_tokens} single "
         f"tokens over the cache, {work.prompt_tokens} past tokens at first; seed {work.seed}",
+        "anonymous and mapped memory: after loading and a few tokens; after all rounds: with what prompts take",
         f"ratios are medians of the ratios within each round; loading: median of {work.loads}, files in memory",
         f"memory reads at {_gigabytes(roof.median)} (numpy, in the same rounds); reached: bytes of the weights of "
         "one step over its time, without caches and activations",
     ]
 
 
-def _speeds(speed: Speed, batch: int) -> SpeedTable:
-    ratios = [name for name in speed.baselines if len(speed.models) > 1]
-    columns = (
-        "model",
-        "decode, tokens/s",
-        "prefill, tokens/s",
-        "first token",
-        "weights/step",
-        "reached",
-        "of the roof",
-        *(f"decode / {name}" for name in ratios),
-        *(f"prefill / {name}" for name in ratios),
-    )
-    rows = tuple(_speed_row(speed, model, batch, ratios) for model in speed.models)
-    return SpeedTable(f"batch {batch}", columns, rows)
+def _decoding(speed: Speed, batch: int) -> SpeedTable:
+    columns = ("model", "tokens/s", "a step", "weights/step", "reached", "of the roof", *_over(speed))
+    rows = []
+    for model in speed.models:
+        seconds = figure(model.at(batch).step_s).median
+        rows.append(
+            (
+                model.name,
+                with_spread(decode_rate(model.at(batch))),
+                short_duration(seconds),
+                byte_size(model.contents.bytes_per_step),
+                _gigabytes(model.bytes_per_s(batch)),
+                percent(speed.share_of_bandwidth(model, batch), 0),
+                *_ratios(speed, model, partial(speed.decode_ratio, batch=batch)),
+            )
+        )
+    return SpeedTable(f"decoding, batch {batch}", columns, tuple(rows))
 
 
-def _speed_row(speed: Speed, model: ModelSpeed, batch: int, ratios: Sequence[str]) -> tuple[str, ...]:
-    rounds = model.at(batch)
-    others = [name for name in ratios if name != model.name]
-    return (
-        model.name,
-        with_spread(decode_rate(rounds)),
-        with_spread(prefill_rate(rounds, speed.workload.prompt_tokens)),
-        short_duration(figure(rounds.prefill_s).median),
-        byte_size(model.contents.bytes_per_step),
-        _gigabytes(model.bytes_per_s(batch)),
-        percent(speed.share_of_bandwidth(model, batch), 0),
-        *(_times(speed.decode_ratio(model, name, batch)) if name in others else "" for name in ratios),
-        *(_times(speed.prefill_ratio(model, name, batch)) if name in others else "" for name in ratios),
-    )
+def _prefill(speed: Speed, batch: int) -> SpeedTable:
+    columns = ("model", "tokens/s", "first token", *_over(speed))
+    rows = []
+    for model in speed.models:
+        rounds = model.at(batch)
+        rows.append(
+            (
+                model.name,
+                with_spread(prefill_rate(rounds, speed.workload.prompt_tokens)),
+                short_duration(figure(rounds.prefill_s).median),
+                *_ratios(speed, model, partial(speed.prefill_ratio, batch=batch)),
+            )
+        )
+    return SpeedTable(f"prefill, batch {batch}", columns, tuple(rows))
+
+
+def _over(speed: Speed) -> tuple[str, ...]:
+    return tuple(f"/ {name}" for name in speed.baselines)
+
+
+def _ratios(speed: Speed, model: ModelSpeed, ratio: Callable[[ModelSpeed, str], Figure]) -> list[str]:
+    """Against each baseline; nothing against itself."""
+    return ["" if name == model.name else f"{ratio(model, name).median:.2f}×" for name in speed.baselines]
 
 
 def _sizes(speed: Speed) -> SpeedTable:
-    columns = ("model", "file", "anonymous memory", "mapped", "load", "products", "library")
+    columns = ("model", "file", "anonymous", "mapped", "after all rounds", "load", "products", "library")
     rows = tuple(
         (
             model.name,
             byte_size(model.contents.file_bytes),
             byte_size(model.anonymous_bytes),
             byte_size(model.mapped_bytes),
+            byte_size(model.working_bytes),
             short_duration(figure(model.load_s).median),
             str(model.contents.products),
             (model.library or MISSING_LIBRARY) if model.contents.packed_products else "-",
@@ -99,10 +114,6 @@ def with_spread(value: Figure) -> str:
 def short_duration(seconds: float) -> str:
     """Milliseconds below a second."""
     return f"{number(1000 * seconds, 3)} ms" if seconds < 1 else duration(seconds)
-
-
-def _times(value: Figure) -> str:
-    return f"{value.median:.2f}×"
 
 
 def _gigabytes(bytes_per_s: float | None) -> str:

@@ -11,11 +11,10 @@ import onnx
 from onnx import TensorProto
 
 from exporters.fragments import dtype_name, tensor_bytes
+from exporters.packed_function import DOMAIN, OPERATOR
 from exporters.read import OnnxFile
 from exporters.stored import SparseTensor, StoredTensor
 
-PACKED_DOMAIN = "blockpress"
-PACKED_OPERATOR = "SparseMatMul"
 _INTEGER_PRODUCTS = {"MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearMatMul"}
 _FLOAT_PRODUCTS = {"MatMul", "Gemm"}
 _SAME_WEIGHT = {"Cast", "Transpose", "Identity"}  # folded when ONNX Runtime loads the file
@@ -77,7 +76,7 @@ def contents_of(model: OnnxFile) -> Contents:
 
 
 def _is_packed(node: onnx.NodeProto) -> bool:
-    return bool(node.domain == PACKED_DOMAIN and node.op_type == PACKED_OPERATOR)
+    return bool(node.domain == DOMAIN and node.op_type == OPERATOR)
 
 
 def _form(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, StoredTensor]) -> str:

@@ -47,18 +47,18 @@ class _Running:
         self.step_s.setdefault(batch, []).append(statistics.median(seconds["step_s"]))
 
     def warm_up(self, workload: Workload) -> None:
-        """A turn of each batch size that does not count, and the memory after it."""
-        steps = min(_WARM_UP_STEPS, workload.decode_tokens)
-        for batch in (1, *workload.batches):  # the first tells how many tokens there are
-            self.worker.ask(
-                "turn",
-                batch=batch,
-                prompt_tokens=workload.prompt_tokens,
-                decode_tokens=steps,
-                seed=workload.seed,
-            )
+        """Turns that do not count: a few single tokens, the memory after them, then one of each batch size."""
+        turn = {"decode_tokens": _WARM_UP_STEPS, "seed": workload.seed}
+        # A prompt of one token: what the model takes by itself, without the activations of long prompts.
+        self.worker.ask("turn", batch=1, prompt_tokens=1, **turn)
         files = [str(path) for path in (self.contents.path, *self.contents.data_files)]
         self.memory = self.worker.ask("memory", files=files)
+        for batch in workload.batches:
+            self.worker.ask("turn", batch=batch, prompt_tokens=workload.prompt_tokens, **turn)
+
+    def finish(self) -> None:
+        """Note the memory after all rounds."""
+        self.memory["working_bytes"] = self.worker.ask("memory", files=[])["anonymous_bytes"]
 
     def result(self) -> ModelSpeed:
         """Everything that was measured of the model."""
@@ -113,6 +113,8 @@ def measure(
                     running[place].turn(workload, batch, workload.seed + 1 + turn)
                 bandwidth.append(reader.ask("read")["bytes_per_s"])
                 steps.done(f"round {turn + 1} of {workload.rounds}")
+        for one in running:
+            one.finish()
         results = tuple(one.result() for one in running)
     return Speed(results, tuple(baselines), workload, tuple(bandwidth), _notices(results))
 
@@ -166,16 +168,17 @@ def _ignore(what: str, done: int, total: int) -> None:
 def _notices(models: Sequence[ModelSpeed]) -> tuple[str, ...]:
     """What makes figures mean less than they seem to."""
     cache, notices = largest_cache_bytes(), []
+    small = [model.name for model in models if 0 < (model.contents.bytes_per_step or 0) < 2 * cache]
+    if small:
+        notices.append(
+            f"{', '.join(small)}: the weights of a step fit into the processor's cache ({cache / 2**20:.0f} MiB) or "
+            "nearly so: these speeds say little about larger models"
+        )
     for model in models:
-        size = model.contents.bytes_per_step
-        if size is not None and size < 2 * cache:
-            notices.append(
-                f"{model.name}: its weights ({size / 2**20:.1f} MiB) come near to fitting into the processor's "
-                f"cache ({cache / 2**20:.0f} MiB), so its speed says little about larger models"
-            )
         if model.contents.packed_products and model.library is None:
             notices.append(
-                f"{model.name}: the operator library is not installed; its packed weights were unpacked at every step"
+                f"{model.name}: without the operator library blockpress-runtime a function in the file unpacked the "
+                "weights at every step"
             )
         if model.contents.form == "sparse-initializers":
             notices.append(

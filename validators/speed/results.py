@@ -36,8 +36,9 @@ class ModelSpeed:
         contents: What is in its file.
         library: Version of the operator library that ran its packed weights; None without it.
         load_s: Seconds that ONNX Runtime took to load it, by load; its files were in the system's memory.
-        anonymous_bytes: Memory of its own that loading it and a turn of each batch size have added to a process.
+        anonymous_bytes: Memory of its own that loading it and decoding a few tokens have added to a process.
         mapped_bytes: Pages of its files that are in memory and shared with the system.
+        working_bytes: As ``anonymous_bytes``, after all rounds: with the activations of prompts and batches.
         rounds: By batch size.
     """
 
@@ -47,6 +48,7 @@ class ModelSpeed:
     load_s: tuple[float, ...]
     anonymous_bytes: int | None
     mapped_bytes: int | None
+    working_bytes: int | None
     rounds: tuple[Rounds, ...]
 
     def at(self, batch: int) -> Rounds:
@@ -118,6 +120,7 @@ class Speed:
             "file_bytes": model.contents.file_bytes,
             "anonymous_bytes": model.anonymous_bytes,
             "mapped_bytes": model.mapped_bytes,
+            "working_bytes": model.working_bytes,
             "weight_bytes_per_step": model.contents.bytes_per_step,
             "batches": [self._batch_tree(model, batch) for batch in self.workload.batches],
         }

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,7 +22,14 @@ import numpy as np
 
 from validators.causal_lm import CausalLM
 from validators.errors import ValidationError, ValidationResourceError
-from validators.session import Session, import_onnxruntime, is_out_of_memory, out_of_memory, to_float32
+from validators.session import (
+    Session,
+    first_line,
+    import_onnxruntime,
+    is_out_of_memory,
+    out_of_memory,
+    to_float32,
+)
 from validators.speed.bandwidth import Reader
 from validators.speed.quantised import quantise
 from validators.speed.resident import anonymous_bytes, mapped_bytes
@@ -62,12 +70,12 @@ class Worker:
             ValidationError: E-BENCH-NO-CACHE, and what ``Session`` and ``CausalLM`` raise.
         """
         import_onnxruntime()
-        library = _library(require_library) if packed else None
+        library = _Library(require_library)
 
         def configure(options: Any) -> None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
-            if library is not None:
+            if packed:
                 library.register(options)
 
         gc.collect()
@@ -80,7 +88,7 @@ class Worker:
                 f"{Path(path).name}: the graph has no KV cache, so it cannot decode token by token",
                 "export it as text-generation-with-past",
             )
-        return {"load_s": session.load_s, "library": _version(library), "notices": list(session.notices)}
+        return {"load_s": session.load_s, "library": library.version, "notices": list(session.notices)}
 
     def turn(self, batch: int, prompt_tokens: int, decode_tokens: int, seed: int) -> dict[str, Any]:
         """Prefill a prompt of random tokens, then decode random tokens one by one; seconds of each.
@@ -133,23 +141,35 @@ class Worker:
         return {}
 
 
-def _library(required: bool) -> Any:
-    """The module of the operator library; None where it is not installed and not required."""
-    try:
-        import blockpress_runtime  # type: ignore[import-not-found]  # an optional distribution of its own
-    except ImportError as error:
-        if required:
-            raise ValidationResourceError(
-                "E-BENCH-LIBRARY",
-                f"the operator library for packed weights is not installed ({error})",
-                "pip install blockpress-runtime, or leave out --require-library",
-            ) from error
-        return None
-    return blockpress_runtime
+class _Library:
+    """The operator library for packed weights, an optional distribution of its own."""
 
+    def __init__(self, required: bool) -> None:
+        self._required = required
+        self.version: str | None = None  # of the library; None where it is not there
 
-def _version(library: Any) -> str | None:
-    return None if library is None else str(getattr(library, "__version__", "unknown"))
+    def register(self, options: Any) -> None:
+        """Give the session its operators where it is installed; without them the file's own function runs.
+
+        Raises:
+            ValidationResourceError: E-BENCH-LIBRARY: it is required, and is not there or does not load.
+        """
+        try:
+            import blockpress_runtime  # type: ignore[import-not-found]
+
+            blockpress_runtime.register(options)
+        except Exception as error:  # its own errors are known only where it is installed
+            if self._required:
+                raise ValidationResourceError(
+                    "E-BENCH-LIBRARY",
+                    f"the operator library for packed weights cannot be used: {first_line(error)}",
+                    "pip install blockpress-runtime, or leave out --require-library",
+                ) from error
+            return
+        try:
+            self.version = metadata.version("blockpress-runtime")
+        except metadata.PackageNotFoundError:  # run from its source folder
+            self.version = "not installed as a distribution"
 
 
 def main() -> None:
