@@ -26,7 +26,7 @@ from exporters.manifest import Encoding, TensorRow
 from exporters.masks import nonzero_mask, pack_mask
 from exporters.protobuf import packed_index_bytes
 
-EncodingMode = Literal["auto", "dense", "sparse"]
+EncodingMode = Literal["auto", "dense", "sparse", "packed"]
 
 MIN_SAVING = 0.10  # a sparse initializer loads several times slower: a few per cent are not worth it
 INLINE_BUDGET_BYTES = 3 * 2**29  # 1.5 GiB: indices stand in the .onnx file, and protobuf allows it 2 GiB
@@ -123,14 +123,15 @@ def plan_encodings(
 
     ``auto`` takes the sparse initializer where it is legal and saves at least 10 % of the weight's dense
     bytes, so that no weight is ever larger than dense. ``sparse`` takes it wherever it is legal and pruning
-    put zeros (see ``is_pruned``), also where that is larger. ``dense`` never takes it. The indices of all
+    put zeros (see ``is_pruned``), also where that is larger. ``dense`` never takes it, and ``packed`` neither: what
+    can be packed has been before (``packed_graph``). The indices of all
     chosen weights stay within ``inline_budget`` bytes of the .onnx file; when they do not, those that save
     most for their inline bytes go first and the others are dense.
     """
     plan: dict[str, Encoding] = {census.name: "dense" for census in censuses}
     candidates: list[tuple[float, int, TensorCensus]] = []
     for order, census in enumerate(censuses):
-        if mode == "dense" or not census.may_be_sparse:
+        if mode in ("dense", "packed") or not census.may_be_sparse:
             continue
         sizes = encoding_bytes(census, location)
         saved = sizes["dense"] - sizes["sparse"]
@@ -163,17 +164,24 @@ class EncodingSummary:
 
 def summarize(rows: Sequence[TensorRow]) -> EncodingSummary:
     """Totals over the weights of an export, and what loading it costs."""
-    used: tuple[Encoding, ...] = ("dense", "sparse")
+    used: tuple[Encoding, ...] = ("dense", "sparse", "packed")
     tensors = {encoding: sum(row.encoding == encoding for row in rows) for encoding in used}
     stored = {kind: sum(row.stored_bytes for row in rows if row.encoding == kind) for kind in used}
     possible = {
         encoding: sum(row.bytes_by_encoding.get(encoding, row.bytes_by_encoding["dense"]) for row in rows)
         for encoding in (*used, "bitmask")
     }
-    return EncodingSummary(tensors, stored, possible, _load_note(tensors["sparse"], len(rows)))
+    return EncodingSummary(tensors, stored, possible, _load_note(tensors, len(rows)))
 
 
-def _load_note(sparse: int, weights: int) -> str:
+def _load_note(tensors: Mapping[Encoding, int], weights: int) -> str:
+    sparse, packed = tensors["sparse"], tensors["packed"]
+    if packed:
+        return (
+            f"{packed} of {weights} weights are packed and stay so in memory. With the blockpress-runtime library "
+            "registered they are multiplied as they lie; without it a function in the file unpacks them in every "
+            "call: correct, and slow."
+        )
     if not sparse:
         return "All weights are dense: ONNX Runtime maps them from the data file at load."
     return (

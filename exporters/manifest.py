@@ -25,7 +25,7 @@ SCHEMA = 1
 _MAX_MANIFEST_BYTES = 256 * 2**20
 _CHUNK_BYTES = 2**20
 
-Encoding = Literal["dense", "sparse"]
+Encoding = Literal["dense", "sparse", "packed"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class TensorRow:
 
     Attributes:
         name: Initializer name; equals the parameter's name in the state dict.
-        shape: Shape as stored in the graph.
-        dtype: Numpy's name of the stored type: float32, float16, bfloat16, int8, …
+        shape: Shape as stored in the graph; of a packed one (outputs, inputs).
+        dtype: Numpy's name of the stored type: float32, float16, bfloat16, int8, int4, …
         transposed: Whether the graph stores the parameter with its last two axes swapped.
         input_axis: Axis along which the linear's inputs run (-1 or -2); None where the graph does not tell.
         pruned: Whether pruning put its zeros there.
@@ -43,8 +43,8 @@ class TensorRow:
         encoding: How it is stored.
         mask_sha256: Digest of the packed non-zero pattern (C order of ``shape``, see exporters.masks); None
             without zeros.
-        bytes_by_encoding: Exact bytes in the files for ``dense`` and ``sparse``, and for ``bitmask`` (one bit
-            per weight and the non-zero values; for information). What is not possible is absent.
+        bytes_by_encoding: Exact bytes in the files for ``dense``, ``sparse`` and ``packed`` (where it is), and for
+            ``bitmask`` (one bit per weight and the non-zero values; for information). What is not possible is absent.
         stored_bytes: Bytes in the files for the encoding that was used.
     """
 

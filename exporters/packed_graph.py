@@ -1,0 +1,431 @@
+"""A graph whose sparse weights are packed, and whose quantised ones are stored as integers.
+
+The last step before the file is written: it changes the nodes that use those weights, and gives the writer the
+tensors of the packed format in the place of the weights. What cannot be packed (experts fused into one parameter of
+three axes) stays as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from exporters.encoding import TensorCensus, census_of_mask, encoding_bytes
+from exporters.errors import ExportError
+from exporters.fragments import dtype_name, tensor_bytes
+from exporters.graph_weights import GraphWeight
+from exporters.manifest import TensorRow
+from exporters.masks import nonzero_mask
+from exporters.packed_function import DOMAIN, DOMAIN_VERSION, fallback_function
+from exporters.packed_nodes import (
+    MASK,
+    OFFSETS,
+    SCALES,
+    VALUES,
+    Lookup,
+    Product,
+    int8_lookup,
+    int8_product,
+    packed_product,
+    shared_constants,
+)
+from exporters.packing import STRIP_ROWS, TAIL_BYTES, PackedMatrix, pack_matrix, spread_scales, value_elements
+from exporters.quantized import QuantizedWeight
+
+__all__ = ["PackedGraph", "pack_graph"]
+
+_FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16})
+_INT4_TYPE, _INT8_TYPE = int(TensorProto.INT4), int(TensorProto.INT8)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight that is packed: its census as (N, K), the parameter's orientation, its scales."""
+
+    census: TensorCensus
+    transposed: bool
+    quantized: QuantizedWeight | None
+    elements: int  # of the values, without the zeros behind them
+
+
+@dataclass(frozen=True)
+class PackedGraph:
+    """A graph and its weights, ready to be written with dense initializers.
+
+    Attributes:
+        proto: The graph without the weights.
+        weights: The initializers to add: parts of packed weights, integers, and all the others.
+        packed: The packed weights by name.
+        left: Names of pruned or quantised weights that stayed as they were.
+    """
+
+    proto: onnx.ModelProto
+    weights: list[GraphWeight]
+    packed: Mapping[str, PackedWeight]
+    left: tuple[str, ...]
+
+    def rows(self, written: Sequence[TensorRow]) -> tuple[TensorRow, ...]:
+        """The manifest's rows, one per weight again, from those of the initializers that were written."""
+        by_name = {row.name: row for row in written}
+        rows = []
+        for row in written:
+            owner, dot, ending = row.name.rpartition(".")
+            part = dot + ending
+            if owner in self.packed and part in (MASK, VALUES, OFFSETS, SCALES):
+                if part == MASK:
+                    rows.append(self._packed_row(owner, by_name))
+            elif part == SCALES and owner in by_name:
+                continue
+            elif (scales := by_name.get(f"{row.name}{SCALES}")) is not None:
+                more = scales.stored_bytes
+                sizes = {kind: size + more for kind, size in row.bytes_by_encoding.items()}
+                rows.append(
+                    dataclasses.replace(row, bytes_by_encoding=sizes, stored_bytes=row.stored_bytes + more)
+                )
+            else:
+                rows.append(row)
+        return tuple(rows)
+
+    def _packed_row(self, name: str, by_name: Mapping[str, TensorRow]) -> TensorRow:
+        weight = self.packed[name]
+        parts = [by_name.get(f"{name}{part}") for part in (MASK, VALUES, OFFSETS, SCALES)]
+        stored = sum(row.stored_bytes for row in parts if row is not None)
+        census = weight.census
+        return TensorRow(
+            name=name,
+            shape=census.shape,
+            dtype=dtype_name(census.dtype),
+            transposed=weight.transposed,
+            input_axis=-1,
+            pruned=census.nnz < census.size,
+            nnz=census.nnz,
+            encoding="packed",
+            mask_sha256=census.mask_sha256,
+            bytes_by_encoding={**encoding_bytes(census, ""), "packed": stored},
+            stored_bytes=stored,
+        )
+
+
+def pack_graph(
+    proto: onnx.ModelProto,
+    weights: Sequence[GraphWeight],
+    *,
+    pruned: Collection[str],
+    quantized: Mapping[str, QuantizedWeight],
+    activation_bits: int,
+) -> PackedGraph:
+    """Pack what is sparse, and store as integers what is quantised.
+
+    A pruned weight is packed where that is smaller than dense. Of the quantised ones int4 is packed in any case, and
+    int8 where more than an eighth is zero: else it stays one byte a weight, multiplied by standard operators, as
+    heads and embeddings are.
+
+    Args:
+        proto: The graph without these weights. Not changed.
+        weights: Its weights.
+        pruned: Names of those that pruning gave zeros.
+        quantized: How weights were quantised, by name; the weights are multiples of their scales.
+        activation_bits: 8 rounds what enters a packed or integer product, 32 leaves it.
+
+    Raises:
+        ExportError: E-EXPORT-SCALES: a weight is not a multiple of its scales.
+    """
+    changed = onnx.ModelProto()
+    changed.CopyFrom(proto)
+    work = _Packing(changed, quantized, activation_bits)
+    for weight in weights:
+        work.add(weight, is_pruned=weight.name in pruned)
+    return work.finish()
+
+
+class _Packing:
+    """The graph as it changes, weight by weight."""
+
+    def __init__(
+        self, proto: onnx.ModelProto, quantized: Mapping[str, QuantizedWeight], activation_bits: int
+    ) -> None:
+        self._proto, self._quantized, self._bits = proto, quantized, activation_bits
+        self._consumers: dict[str, list[tuple[onnx.NodeProto, int]]] = defaultdict(list)
+        self._producers = {output: node for node in proto.graph.node for output in node.output}
+        for node in proto.graph.node:
+            for position, value in enumerate(node.input):
+                self._consumers[value].append((node, position))
+        self._replaced: dict[int, list[onnx.NodeProto]] = {}  # by id of the node that they stand for
+        self._weights: list[GraphWeight] = []
+        self._packed: dict[str, PackedWeight] = {}
+        self._left: list[str] = []
+        self._cache = _LastPacked()
+        self._float_type = TensorProto.FLOAT
+
+    def add(self, weight: GraphWeight, *, is_pruned: bool) -> None:
+        """Take the next weight."""
+        quantized = self._quantized.get(weight.name)
+        if quantized is None and not (is_pruned and weight.dtype in _FLOATS):
+            self._weights.append(weight)
+            return
+        products, lookups, between = self._uses(weight)
+        taken = False
+        if products or lookups:
+            if not lookups and not between.transposed:
+                taken = self._add_packed(weight, products, quantized, is_pruned)
+            if not taken and quantized is not None:
+                taken = self._add_int8(weight, products, lookups, quantized)
+        if taken:
+            for node in between.nodes:
+                self._replaced[id(node)] = []
+        else:
+            self._weights.append(weight)
+            self._left.append(weight.name)
+
+    def finish(self) -> PackedGraph:
+        """The graph with all changes."""
+        graph = self._proto.graph
+        nodes = [new for node in graph.node for new in self._replaced.get(id(node), [node])]
+        if self._replaced:
+            nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+            del graph.node[:]
+            graph.node.extend(nodes)
+            used = {value for node in nodes for value in node.input}
+            graph.initializer.extend(constant for constant in shared_constants() if constant.name in used)
+        if self._packed:
+            opset = next(entry.version for entry in self._proto.opset_import if not entry.domain)
+            kinds = {_kind(weight) for weight in self._packed.values()}
+            if len(kinds) != 1:
+                raise ValueError(f"packed weights of several kinds in one model: {sorted(kinds)}")
+            int4, group_size = next(iter(kinds))
+            self._proto.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+            self._proto.functions.append(
+                fallback_function(
+                    int4=int4, group_size=group_size, activation_bits=self._bits, opset=opset
+                )
+            )
+        return PackedGraph(self._proto, self._weights, self._packed, tuple(self._left))
+
+    def _uses(self, weight: GraphWeight) -> tuple[list[Product], list[Lookup], _Between]:
+        """Products with the weight and look-ups in it; both empty where it is used otherwise as well."""
+        products, lookups, between = [], [], _Between([], False)
+        pending = [(weight.name, False)]
+        while pending:
+            value, swapped = pending.pop()
+            for node, position in self._consumers[value]:
+                if node.op_type == "Cast" and position == 0:
+                    between.nodes.append(node)
+                    pending.append((node.output[0], swapped))
+                elif node.op_type == "Transpose" and _attribute(node, "perm") == [1, 0] and not swapped:
+                    between = _Between([*between.nodes, node], True)
+                    pending.append((node.output[0], True))
+                elif (product := _product(node, position, swapped)) is not None:
+                    products.append(product)
+                elif node.op_type == "Gather" and position == 0 and not swapped and not _attribute(node, "axis"):
+                    lookups.append(Lookup(node, node.input[1], node.output[0], _name(node)))
+                else:
+                    return [], [], between
+        return products, lookups, between
+
+    def _add_packed(
+        self,
+        weight: GraphWeight,
+        products: Sequence[Product],
+        quantized: QuantizedWeight | None,
+        is_pruned: bool,
+    ) -> bool:
+        """Pack the weight if that is smaller; whether it was."""
+        rows_first = products[0].rows_first
+        if len(weight.shape) != 2 or any(product.rows_first != rows_first for product in products):
+            return False
+
+        def numbers() -> NDArray[np.generic]:
+            W = _matrix(weight, rows_first)
+            return W if quantized is None else _integers(W, quantized, weight.name)
+
+        int4 = quantized is not None and quantized.bits == 4
+        kept = nonzero_mask(numbers())
+        stored_type = weight.dtype if quantized is None else _INT4_TYPE if int4 else _INT8_TYPE
+        census = census_of_mask(weight.name, stored_type, kept)
+        elements = value_elements(kept, int4=int4)
+        value_type = int(TensorProto.UINT8) if int4 else stored_type
+        value_bytes = tensor_bytes((1,), value_type)
+        packed_bytes = -(-kept.shape[1] // 8) * len(kept) + elements * value_bytes
+        if not int4 and packed_bytes >= tensor_bytes(kept.shape, stored_type):
+            return False
+        self._packed[weight.name] = PackedWeight(census, weight.transposed == rows_first, quantized, elements)
+        self._add_parts(weight, kept.shape, value_type, elements, numbers, int4)
+        for product in products:
+            self._replaced[id(product.node)] = packed_product(
+                product,
+                weight.name,
+                columns=kept.shape[1],
+                group_size=0 if quantized is None else quantized.group_size,
+                activation_bits=self._bits,
+                scaled=quantized is not None,
+                float_type=TensorProto.FLOAT16 if weight.dtype == TensorProto.FLOAT16 else TensorProto.FLOAT,
+            )
+        return True
+
+    def _add_parts(
+        self,
+        weight: GraphWeight,
+        shape: tuple[int, ...],
+        value_type: int,
+        elements: int,
+        numbers: Callable[[], NDArray[np.generic]],
+        int4: bool,
+    ) -> None:
+        """The initializers of a packed weight, each packed again when it is loaded, one weight at a time."""
+        rows, columns = shape
+        tail = TAIL_BYTES // tensor_bytes((1,), value_type)
+        parts: dict[str, tuple[tuple[int, ...], int, Callable[[PackedMatrix], NDArray[np.generic]]]] = {
+            MASK: ((rows, -(-columns // 8)), int(TensorProto.UINT8), lambda packed: packed.mask),
+            VALUES: ((elements + tail,), value_type, lambda packed: packed.values),
+            OFFSETS: ((-(-rows // STRIP_ROWS) + 1,), int(TensorProto.INT64), lambda packed: packed.offsets),
+        }
+        for ending, (part_shape, dtype, of) in parts.items():
+            load = self._cache.loader(weight.name, lambda: pack_matrix(numbers(), int4=int4), of)
+            self._weights.append(_part(weight, ending, part_shape, dtype, load))
+        quantized = self._packed[weight.name].quantized
+        if quantized is not None:
+            self._add_scales(weight, quantized.scales)
+
+    def _add_int8(
+        self,
+        weight: GraphWeight,
+        products: Sequence[Product],
+        lookups: Sequence[Lookup],
+        quantized: QuantizedWeight,
+    ) -> bool:
+        """Store the weight as int8 (K, N), or (V, D) if it is only looked up in; whether that can be."""
+        orders = {product.rows_first for product in products} | ({True} if lookups else set())
+        if quantized.bits != 8 or quantized.group_size or len(weight.shape) != 2 or len(orders) != 1:
+            return False
+        rows_first = orders == {True}
+        store_swapped = rows_first and bool(products)
+
+        def load() -> NDArray[np.generic]:
+            q = _integers(_matrix(weight, rows_first), quantized, weight.name)
+            return np.ascontiguousarray(q.T) if products else q
+
+        shape = weight.shape[::-1] if store_swapped else weight.shape
+        self._weights.append(
+            GraphWeight(
+                weight.name,
+                weight.parameter,
+                shape,
+                _INT8_TYPE,
+                weight.transposed != store_swapped,
+                load,
+            )
+        )
+        self._add_scales(weight, quantized.scales.reshape(-1))
+        for product in products:
+            self._replaced[id(product.node)] = int8_product(product, weight.name, self._bits)
+        for lookup in lookups:
+            self._replaced[id(lookup.node)] = int8_lookup(
+                lookup, weight.name, columns_first=bool(products)
+            )
+        return True
+
+    def _add_scales(self, weight: GraphWeight, scales: NDArray[np.float32]) -> None:
+        self._weights.append(
+            _part(weight, SCALES, scales.shape, int(TensorProto.FLOAT), lambda: np.asarray(scales, np.float32))
+        )
+
+
+@dataclass(frozen=True)
+class _Between:
+    """Nodes between a weight and the products with it, and whether a Transpose is among them."""
+
+    nodes: list[onnx.NodeProto]
+    transposed: bool
+
+
+class _LastPacked:
+    """The packed form of one weight, kept until another is asked for."""
+
+    def __init__(self) -> None:
+        self._name = ""
+        self._packed: PackedMatrix | None = None
+
+    def loader(
+        self,
+        name: str,
+        pack: Callable[[], PackedMatrix],
+        of: Callable[[PackedMatrix], NDArray[np.generic]],
+    ) -> Callable[[], NDArray[np.generic]]:
+        """What loads one part."""
+
+        def load() -> NDArray[np.generic]:
+            if self._packed is None or self._name != name:
+                self._packed = None  # before the next one is made
+                self._packed, self._name = pack(), name
+            return of(self._packed)
+
+        return load
+
+
+def _kind(weight: PackedWeight) -> tuple[bool, int]:
+    quantized = weight.quantized
+    return (False, 0) if quantized is None else (quantized.bits == 4, quantized.group_size)
+
+
+def _product(node: onnx.NodeProto, position: int, swapped: bool) -> Product | None:
+    """The product that a node makes with what enters at ``position``, if it is a plain one."""
+    if node.op_type == "MatMul" and position == 1:
+        return Product(node, node.input[0], node.output[0], None, swapped, _name(node))
+    if node.op_type != "Gemm" or position != 1 or swapped:
+        return None
+    plain = all(_attribute(node, name) in (None, 1.0) for name in ("alpha", "beta"))
+    if not plain or _attribute(node, "transA"):
+        return None
+    bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
+    return Product(node, node.input[0], node.output[0], bias, bool(_attribute(node, "transB")), _name(node))
+
+
+def _matrix(weight: GraphWeight, rows_first: bool) -> NDArray[np.generic]:
+    """The weight as (N, K)."""
+    W = weight.load()
+    return np.ascontiguousarray(W if rows_first else W.T)
+
+
+def _integers(W: NDArray[np.generic], quantized: QuantizedWeight, name: str) -> NDArray[np.int8]:
+    """The integers that W (N, K) is, times its scales."""
+    scales = spread_scales(quantized.scales, W.shape[1], quantized.group_size)
+    if scales.shape[0] != W.shape[0] or scales.shape[1] not in (1, W.shape[1]):
+        raise _scales_error(name, f"scales of shape {list(quantized.scales.shape)} for {list(W.shape)}")
+    steps = np.asarray(W, np.float32) / scales
+    q = np.rint(steps)
+    largest = 2 ** (quantized.bits - 1) - 1
+    if not bool((np.abs(steps - q) <= 1e-3).all()) or bool((np.abs(q) > largest).any()):
+        raise _scales_error(name, f"it is no multiple of its scales up to {largest}")
+    return np.asarray(q, np.int8)
+
+
+def _scales_error(name: str, reason: str) -> ExportError:
+    return ExportError("E-EXPORT-SCALES", f"{name}: {reason}", "make the model again")
+
+
+def _part(
+    weight: GraphWeight,
+    ending: str,
+    shape: tuple[int, ...],
+    dtype: int,
+    load: Callable[[], NDArray[np.generic]],
+) -> GraphWeight:
+    return GraphWeight(f"{weight.name}{ending}", weight.parameter, shape, dtype, False, load)
+
+
+def _attribute(node: onnx.NodeProto, name: str) -> object:
+    """The value of an attribute; None where it is not given."""
+    found: Iterator[object] = (helper.get_attribute_value(a) for a in node.attribute if a.name == name)
+    value = next(found, None)
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _name(node: onnx.NodeProto) -> str:
+    return node.name or node.output[0]

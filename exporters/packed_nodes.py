@@ -1,0 +1,178 @@
+"""The nodes that take the place of a product with, or a look-up in, a weight that is packed or stored as int8."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from exporters.packed_function import DOMAIN, OPERATOR
+from exporters.packing import FORMAT_VERSION
+
+MASK, VALUES, OFFSETS, SCALES = ".mask", ".values", ".offsets", ".scales"
+NO_SCALES, NO_BIAS = "packed/no_scales", "packed/no_bias"
+_PREFIX = "packed/"
+_INT8_MIDDLE = 128  # what uint8 activations have for zero: ONNX Runtime multiplies uint8 by int8 fastest
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product ``output = x · W + bias`` in the graph, whichever operator makes it.
+
+    Attributes:
+        node: The node.
+        x: What is multiplied.
+        output: The result.
+        bias: (N,), or None.
+        rows_first: Whether the graph's W is (N, K) rather than (K, N).
+        name: Of the node.
+    """
+
+    node: NodeProto
+    x: str
+    output: str
+    bias: str | None
+    rows_first: bool
+    name: str
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Rows of an embedding: ``output = W[ids]``."""
+
+    node: NodeProto
+    ids: str
+    output: str
+    name: str
+
+
+def shared_constants() -> list[TensorProto]:
+    """Initializers that all packed products may name."""
+    constants = {
+        NO_SCALES: np.ones((1, 1), np.float32),
+        NO_BIAS: np.zeros(1, np.float32),
+        f"{_PREFIX}last_axis": np.array([-1], np.int64),
+        f"{_PREFIX}zero": np.array(0, np.float32),
+        f"{_PREFIX}one": np.array(1, np.float32),
+        f"{_PREFIX}largest_int8": np.array(127, np.float32),
+        f"{_PREFIX}middle": np.array(_INT8_MIDDLE, np.float32),
+        f"{_PREFIX}middle_uint8": np.array(_INT8_MIDDLE, np.uint8),
+    }
+    return [numpy_helper.from_array(array, name) for name, array in constants.items()]
+
+
+def packed_product(
+    product: Product,
+    weight: str,
+    *,
+    columns: int,
+    group_size: int,
+    activation_bits: int,
+    scaled: bool,
+    float_type: int,
+) -> list[NodeProto]:
+    """The operator of packed weights, between casts where the graph computes in float16.
+
+    Args:
+        product: What it replaces.
+        weight: Name of the weight.
+        columns: K.
+        group_size: As in the format.
+        activation_bits: As in the format.
+        scaled: Whether the weight has scales.
+        float_type: What the graph computes in.
+    """
+    parts = [f"{weight}{MASK}", f"{weight}{VALUES}", f"{weight}{OFFSETS}"]
+    scales = f"{weight}{SCALES}" if scaled else NO_SCALES
+    nodes, x, output, bias = [], product.x, product.output, product.bias or NO_BIAS
+    if float_type != TensorProto.FLOAT:
+        x, output = f"{product.name}/x_float32", f"{product.name}/y_float32"
+        nodes.append(_node("Cast", [product.x], x, to=TensorProto.FLOAT))
+        if product.bias is not None:
+            bias = f"{product.name}/bias_float32"
+            nodes.append(_node("Cast", [product.bias], bias, to=TensorProto.FLOAT))
+    operator = helper.make_node(
+        OPERATOR,
+        [x, *parts, scales, bias],
+        [output],
+        name=product.name,
+        domain=DOMAIN,
+        format_version=FORMAT_VERSION,
+        columns=columns,
+        group_size=group_size,
+        activation_bits=activation_bits,
+    )
+    nodes.append(operator)
+    if output != product.output:
+        nodes.append(_node("Cast", [output], product.output, to=float_type))
+    return nodes
+
+
+def int8_product(product: Product, weight: str, activation_bits: int) -> list[NodeProto]:
+    """A product with an int8 matrix (K, N) whose columns have a scale each, in standard operators.
+
+    With 8 activation bits the input is rounded as the format says, so that an int8 kernel multiplies; with 32
+    the matrix is dequantised.
+    """
+    at = product.name
+    scales = f"{weight}{SCALES}"
+    unbiased = product.output if product.bias is None else f"{at}/unbiased"
+    if activation_bits == 8:
+        nodes = [
+            _node("Abs", [product.x], f"{at}/magnitudes"),
+            _node("ReduceMax", [f"{at}/magnitudes", f"{_PREFIX}last_axis"], f"{at}/largest", keepdims=1),
+            _node("Div", [f"{at}/largest", f"{_PREFIX}largest_int8"], f"{at}/step_or_zero"),
+            _node("Equal", [f"{at}/step_or_zero", f"{_PREFIX}zero"], f"{at}/is_zero"),
+            _node("Where", [f"{at}/is_zero", f"{_PREFIX}one", f"{at}/step_or_zero"], f"{at}/step"),
+            _node("Div", [product.x, f"{at}/step"], f"{at}/steps"),
+            _node("Round", [f"{at}/steps"], f"{at}/rounded"),
+            _node("Add", [f"{at}/rounded", f"{_PREFIX}middle"], f"{at}/shifted"),
+            _node("Cast", [f"{at}/shifted"], f"{at}/uint8", to=TensorProto.UINT8),
+            _node("MatMulInteger", [f"{at}/uint8", weight, f"{_PREFIX}middle_uint8"], f"{at}/int32"),
+            _node("Cast", [f"{at}/int32"], f"{at}/float32", to=TensorProto.FLOAT),
+            _node("Mul", [f"{at}/float32", f"{at}/step"], f"{at}/in_steps"),
+            _node("Mul", [f"{at}/in_steps", scales], unbiased),
+        ]
+    else:
+        nodes = [
+            _node("Cast", [weight], f"{at}/weight_float32", to=TensorProto.FLOAT),
+            _node("MatMul", [product.x, f"{at}/weight_float32"], f"{at}/unscaled"),
+            _node("Mul", [f"{at}/unscaled", scales], unbiased),
+        ]
+    if product.bias is not None:
+        nodes.append(_node("Add", [unbiased, product.bias], product.output))
+    return nodes
+
+
+def int8_lookup(lookup: Lookup, weight: str, *, columns_first: bool) -> list[NodeProto]:
+    """Rows of an int8 embedding, each times its scale.
+
+    Args:
+        lookup: What it replaces; the ids are (batch, tokens).
+        weight: Name of the int8 matrix: (V, D), or (D, V) where it is a head's too.
+        columns_first: Whether it is (D, V).
+    """
+    at = lookup.name
+    last = f"{_PREFIX}last_axis"
+    if columns_first:
+        rows = [
+            _node("Gather", [weight, lookup.ids], f"{at}/columns", axis=1),
+            _node("Transpose", [f"{at}/columns"], f"{at}/rows", perm=[1, 2, 0]),
+        ]
+    else:
+        rows = [_node("Gather", [weight, lookup.ids], f"{at}/rows", axis=0)]
+    return [
+        *rows,
+        _node("Cast", [f"{at}/rows"], f"{at}/rows_float32", to=TensorProto.FLOAT),
+        _node("Gather", [f"{weight}{SCALES}", lookup.ids], f"{at}/row_scales", axis=0),
+        _node("Unsqueeze", [f"{at}/row_scales", last], f"{at}/row_scale"),
+        _node("Mul", [f"{at}/rows_float32", f"{at}/row_scale"], lookup.output),
+    ]
+
+
+def _node(operator: str, inputs: Sequence[str], output: str, **attributes: object) -> NodeProto:
+    node: onnx.NodeProto = helper.make_node(operator, inputs, [output], name=f"{output}/{operator}", **attributes)
+    return node
