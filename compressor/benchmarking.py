@@ -140,7 +140,7 @@ def _make(model: OnnxFile, forms: Sequence[str], folder: Path, progress: Progres
     progress(StageStarted("baseline", "dense-float32"))
     densify(model, dense)
     quantised = [form for form in forms if form != "float32"]
-    if quantised and has_transposed_weights(model):
+    if quantised and has_transposed_weights(read_model(dense)):
         # A product by a transposed weight is passed over by both tools. The float32 rival does without this copy:
         # ONNX Runtime transposes at load, and a tied head is then no second matrix in the file.
         source = folder / f"{name}.untied.onnx"

@@ -7,38 +7,24 @@ never pruned. Tools that quantise need this form too: they fail on sparse initia
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from exporters.fragments import tensor_bytes
-from exporters.packed_function import DOMAIN, OPERATOR
-from exporters.packing import PackedMatrix, dequantize, unpack_matrix
 from exporters.read import OnnxFile
-from exporters.stored import SparseTensor, StoredTensor, malformed
+from exporters.stored import SparseTensor, StoredTensor
+from exporters.unpacked_graph import DenseWeight, unpack_graph
 from exporters.wire import write_model
 
 _HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _INLINE_BYTES = (
     1024  # shapes and axes stay in the graph: tools that infer shapes do not look for them elsewhere
 )
-
-
-@dataclass(frozen=True)
-class DenseWeight:
-    """A weight of the dense graph, read from the file when it is asked for."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: int
-    load: Callable[[], NDArray[np.generic]]
-    transposed: bool = False
 
 
 Weights = dict[str, DenseWeight]
@@ -56,14 +42,14 @@ def densify(model: OnnxFile, path: Path, *, fold_transposes: bool = False) -> No
             tied to the embeddings): only a product whose factor is a stored weight is quantised by tools.
 
     Raises:
-        ExportError: The file does not hold its weights, or the graph would be too large.
+        ExportError: The file does not hold its weights, packed ones do not fit together, or the graph is too large.
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     stored = {tensor.name: tensor for tensor in _initializers(model)}
     weights = {name: _weight(tensor) for name, tensor in stored.items()}
     proto.graph.ClearField("initializer")
-    _unpack_products(proto, stored, weights)
+    weights |= unpack_graph(proto, stored)
     _widen_graph(proto.graph)
     _drop_casts(proto.graph, weights)
     if fold_transposes:
@@ -77,7 +63,7 @@ def densify(model: OnnxFile, path: Path, *, fold_transposes: bool = False) -> No
 
 
 def has_transposed_weights(model: OnnxFile) -> bool:
-    """Whether a weight reaches a product through a Transpose."""
+    """Whether a weight of the dense form reaches a product through a Transpose. ``model``: that form."""
     names = {tensor.name for tensor in _initializers(model)}
     through = {
         node.output[0] for node in model.proto.graph.node if node.op_type == "Cast" and _source(node) in names
@@ -108,48 +94,6 @@ def _weight(tensor: StoredTensor) -> DenseWeight:
     if tensor.dtype not in _HALF:
         return DenseWeight(tensor.name, tensor.shape, tensor.dtype, tensor.load)
     return DenseWeight(tensor.name, tensor.shape, TensorProto.FLOAT, lambda: tensor.load().astype(np.float32))
-
-
-def _unpack_products(proto: onnx.ModelProto, stored: Mapping[str, StoredTensor], weights: Weights) -> None:
-    """Replace each product by a packed weight by one with the whole matrix, (inputs, outputs), in float32."""
-    nodes = []
-    for node in proto.graph.node:
-        if node.domain != DOMAIN or node.op_type != OPERATOR:
-            nodes.append(node)
-            continue
-        parts = [stored[name] for name in node.input[1:] if name in stored]
-        options = {attribute.name: int(attribute.i) for attribute in node.attribute}
-        if len(parts) != 5 or len(parts[0].shape) != 2 or "columns" not in options or not node.output:
-            raise malformed(node.name, f"{OPERATOR} needs five initializers and the number of columns")
-        name, bias = f"{node.output[0]}.weight", node.input[5]
-        shape = (options["columns"], parts[0].shape[0])
-        weights[name] = DenseWeight(name, shape, TensorProto.FLOAT, partial(_unpacked, name, parts, options))
-        added = weights[bias].load().any()
-        product = f"{node.output[0]}.product" if added else node.output[0]
-        nodes.append(helper.make_node("MatMul", [node.input[0], name], [product], name=node.name))
-        if added:
-            nodes.append(helper.make_node("Add", [product, bias], [node.output[0]], name=f"{node.name}/bias"))
-    proto.graph.ClearField("node")
-    proto.graph.node.extend(nodes)
-    for entries in (proto.functions, proto.opset_import):
-        for entry in [entry for entry in entries if entry.domain == DOMAIN]:
-            entries.remove(entry)
-
-
-def _unpacked(name: str, parts: Sequence[StoredTensor], options: Mapping[str, int]) -> NDArray[np.float32]:
-    """The matrix of a packed weight, transposed: (inputs, outputs)."""
-    mask, values, offsets, scales = (part.load() for part in parts[:4])
-    packed = PackedMatrix(
-        mask.astype(np.uint8, copy=False),
-        values,
-        offsets.astype(np.int64, copy=False),
-        options["columns"],
-        int4=values.dtype == np.uint8,
-    )
-    W = dequantize(
-        unpack_matrix(packed, name), scales.astype(np.float32, copy=False), options.get("group_size", 0)
-    )
-    return np.ascontiguousarray(W.T)
 
 
 def _widen_graph(graph: onnx.GraphProto) -> None:

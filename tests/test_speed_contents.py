@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx_samples import pruned_matrix, run_product, weight_of, write_product
-from speed_samples import packed_product
+from speed_samples import language_model, packed_product
 
 from exporters.densify import densify, has_transposed_weights
 from exporters.errors import ExportError
@@ -82,6 +83,32 @@ def test_dense_form_unpacks_packed_weights(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(dense, providers=["CPUExecutionProvider"])
     assert np.array_equal(session.run(None, {"x": x})[0], x @ W.T + bias)
     assert [entry.domain for entry in read_model(dense).proto.opset_import] == [""]
+
+
+@pytest.mark.parametrize("activation_bits", [8, 32])
+def test_dense_form_of_a_quantised_model_is_the_float_model(tmp_path: Path, activation_bits: int) -> None:
+    """Packed and integer products and look-ups become plain ones; head and embeddings share one table again."""
+    floats = language_model(tmp_path / "floats.onnx")
+    quantised = language_model(tmp_path / "quantised.onnx", activation_bits=activation_bits)
+    densify(read_model(quantised), tmp_path / "dense.onnx")
+    found = read_model(tmp_path / "dense.onnx")
+    expected = read_model(floats)
+    assert sorted(node.op_type for node in found.proto.graph.node) == sorted(
+        node.op_type for node in expected.proto.graph.node
+    )
+    assert contents_of(found).form == "dense-float32"
+    assert contents_of(found).bytes_per_step == pytest.approx(contents_of(expected).bytes_per_step, rel=0.01)
+    assert not found.proto.functions
+    assert np.array_equal(logits_of(tmp_path / "dense.onnx"), logits_of(floats))
+
+
+def logits_of(path: Path) -> NDArray[np.float32]:
+    """What a language model of `speed_samples` says to a few tokens, with an empty cache."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    feeds = {port.name: np.zeros((2, 1, 0, 64), np.float32) for port in session.get_inputs()[1:]}
+    return np.asarray(session.run(["logits"], {"input_ids": np.arange(6).reshape(2, 3), **feeds})[0])
 
 
 def test_dense_form_refuses_a_packed_weight_without_its_parts(tmp_path: Path) -> None:

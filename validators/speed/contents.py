@@ -94,10 +94,12 @@ def _form(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, StoredTensor]
             stored["sparse-initializers" if sparse else f"dense-{dtype_name(tensor.dtype)}"] += (
                 tensor.stored_bytes
             )
-    quantised = [form for form in stored if form.startswith("sparse") or "-int" in form]
-    # A quantised model's largest tensor is often its embedding, which stays float: what multiplies counts.
-    ranked = [(stored[form], form) for form in quantised or stored]
-    return max(ranked)[1] if ranked else "dense"
+    # What was done on purpose names a model, though its largest tensor may be an embedding that was left alone.
+    for mark in ("sparse-int", "sparse-float", "sparse-bfloat", "sparse-", "dense-int", "dense-"):
+        ranked = [(size, form) for form, size in stored.items() if form.startswith(mark)]
+        if ranked:
+            return max(ranked)[1]
+    return "dense"
 
 
 def _told_by(node: onnx.NodeProto, constants: Mapping[str, StoredTensor]) -> list[tuple[int, str]]:
@@ -139,7 +141,9 @@ def _bytes_per_step(tensors: Iterable[StoredTensor], consumers: Consumers) -> in
         if uses and all(node.op_type in _LOOK_UPS and place == 0 for node, place in uses):
             if len(tensor.shape) > 2:
                 return None  # which experts are looked up depends on the token
-            total += tensor_bytes(tensor.shape[1:], dtype)
+            axis = next((a.i for node, _ in uses for a in node.attribute if a.name == "axis"), 0)
+            axis %= max(1, len(tensor.shape))
+            total += tensor_bytes((*tensor.shape[:axis], *tensor.shape[axis + 1 :]), dtype)
         elif uses:
             total += tensor_bytes(tensor.shape, dtype)
     return total
