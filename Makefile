@@ -1,8 +1,11 @@
 # `make demo` and `make test` need Python >= 3.10, make and a C compiler: each sets up .venv first.
+# With a C++ compiler they also build and install runtime/, which runs packed models; without one they go on.
 
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+RUNTIME := $(VENV)/.runtime
+RUNTIME_FILES := $(filter-out %.so,$(wildcard runtime/*.* runtime/src/* runtime/blockpress_runtime/*))
 
 ifeq ($(OS),Windows_NT)
 BIN := $(VENV)/Scripts
@@ -16,7 +19,7 @@ endif
 # The tests run side by side, so each one keeps to one thread.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: all venv demo test faults fuzz check format clean
+.PHONY: all venv demo test faults fuzz versions check format clean
 
 all: check test
 
@@ -30,20 +33,36 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRA),dev]'
 	@touch $@
 
-demo: $(INSTALLED)
+# cmake comes from the package registry where the system has none.
+$(RUNTIME): $(INSTALLED) $(RUNTIME_FILES)
+	@for compiler in $${CXX:-c++} g++ clang++ cl; do found=$$(command -v $$compiler) && break; done; \
+	if [ -n "$$found" ]; then \
+		$(BIN)/python -m pip install --quiet --no-deps ./runtime && touch $@; \
+	else \
+		echo "No C++ compiler: blockpress-runtime is not built, its tests are skipped, and packed models do not run here."; \
+	fi
+
+demo: $(RUNTIME)
 	@mkdir -p build/demo
 	$(BIN)/compress run examples/tiny-llm --out build/demo/sparse.onnx --num-calibration-samples 64 --force
 
-test: $(INSTALLED)
+test: $(RUNTIME)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2
 
 # Half an hour and more: runs killed at every named point and at 200 random moments.
 faults: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python tests/faults/kill_runs.py --moments 200
 
-# Ten thousand mutated files of each format that the program reads.
+# Ten thousand mutated files of each format that the program reads; twenty thousand matrices for the runtime's kernels.
 fuzz: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python tests/fuzz/fuzzing.py --mutations 10000
+	$(BIN)/cmake -S runtime -B build/driver -DBLOCKPRESS_DRIVER=ON
+	$(BIN)/cmake --build build/driver
+	build/driver/driver --rounds 20000
+
+# The built runtime in several releases of ONNX Runtime, each in an environment of its own.
+versions: $(RUNTIME)
+	$(BIN)/python tests/versions/run_matrix.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

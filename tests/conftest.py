@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded; the tests run 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# Where blockpress-runtime is not installed (no C++ compiler), its Python part is tested from its folder.
+sys.path.append(str(Path(__file__).parent.parent / "runtime"))
 
 
 @pytest.fixture(autouse=True)

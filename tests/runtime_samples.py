@@ -10,10 +10,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from blockpress_runtime import BlockpressRuntimeError, library_path, register
-from blockpress_runtime.packing import PackedMatrix, ValueType, dequantize, pack
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+
+from blockpress_runtime import BlockpressRuntimeError, library_path, register
+from blockpress_runtime.packing import PackedMatrix, ValueType, dequantize, pack
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]

@@ -16,7 +16,9 @@ import numpy as np
 from blockpress_runtime.language_model import Floats, LanguageModel, find_files
 from blockpress_runtime.library import BlockpressRuntimeError, import_onnxruntime
 
-_CONTEXT_TOKENS = 5  # tokens of the prompt that the first new ones are decoded with: spaces depend on what is before
+_CONTEXT_TOKENS = (
+    5  # tokens of the prompt that the first new ones are decoded with: spaces depend on what is before
+)
 _INCOMPLETE = "\ufffd"  # what a tokenizer gives for bytes that are not yet a whole character
 
 
@@ -112,15 +114,25 @@ def _parser() -> argparse.ArgumentParser:
         prog="blockpress-generate",
         description="Print the text with which an exported language model goes on.",
     )
-    parser.add_argument("model", metavar="FOLDER|MODEL.onnx", help="the exported model; tokenizer.json lies beside it")
-    parser.add_argument("--prompt", required=True, help="what the model reads first, as it is; - for standard input")
+    parser.add_argument(
+        "model", metavar="FOLDER|MODEL.onnx", help="the exported model; tokenizer.json lies beside it"
+    )
+    parser.add_argument(
+        "--prompt", required=True, help="what the model reads first, as it is; - for standard input"
+    )
     parser.add_argument("--max-new-tokens", type=_natural, default=128, metavar="N", help="default: 128")
     parser.add_argument(
-        "--temperature", type=_not_negative, default=0.0, metavar="T", help="0, the default, takes the likeliest token"
+        "--temperature",
+        type=_not_negative,
+        default=0.0,
+        metavar="T",
+        help="0, the default, takes the likeliest token",
     )
-    parser.add_argument("--top-k", type=_natural, default=0, metavar="K", help="draw among the K likeliest; 0: all")
+    parser.add_argument(
+        "--top-k", type=_natural, default=0, metavar="K", help="draw among the K likeliest; 0: all"
+    )
     parser.add_argument("--seed", type=_natural, default=None, metavar="S", help="of the drawing")
-    parser.add_argument("--threads", type=_natural, default=0, metavar="N", help="0, the default: ONNX Runtime's choice")
+    parser.add_argument("--threads", type=_natural, default=0, metavar="N", help="0: ONNX Runtime's choice")
     parser.add_argument("--time", action="store_true", help="say on standard error how long it took")
     return parser
 
@@ -143,7 +155,9 @@ def _load_tokenizer(path: Path) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise BlockpressRuntimeError(f"tokenizers is not installed ({error}): pip install tokenizers") from error
+        raise BlockpressRuntimeError(
+            f"tokenizers is not installed ({error}): pip install tokenizers"
+        ) from error
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # whatever its Rust side makes of a broken file

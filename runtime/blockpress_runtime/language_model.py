@@ -49,7 +49,9 @@ def find_files(path: Path) -> ModelFiles:
     """
     model = _model_in(path) if path.is_dir() else path
     if not model.is_file():
-        raise BlockpressRuntimeError(f"there is no file {model}: give an .onnx file or the folder that holds one")
+        raise BlockpressRuntimeError(
+            f"there is no file {model}: give an .onnx file or the folder that holds one"
+        )
     for folder in (model.parent, model.with_suffix(".hf")):
         tokenizer = folder / "tokenizer.json"
         if tokenizer.is_file():
@@ -75,8 +77,8 @@ class LanguageModel:
         missing = [name for name in ("logits", *self._cache.values()) if name not in outputs]
         if "input_ids" not in self._inputs or missing:
             raise BlockpressRuntimeError(
-                f"{path} is no causal language model: input_ids, logits and, for every past_key_values.N.key or .value, "
-                f"a present one are expected; missing: {', '.join(missing) or 'input_ids'}"
+                f"{path} is no causal language model: input_ids, logits and, for every past_key_values.N.key or "
+                f".value, a present one are expected; missing: {', '.join(missing) or 'input_ids'}"
             )
         self._past = {name: self._empty(self._inputs[name]) for name in self._cache}
         self.read: list[int] = []
@@ -116,7 +118,9 @@ class LanguageModel:
     def _value(self, array: NDArray[Any], name: str) -> Any:
         dtype = _INTEGERS.get(self._inputs[name].type)
         if dtype is None:
-            raise BlockpressRuntimeError(f"input {name} of type {self._inputs[name].type} is none of whole numbers")
+            raise BlockpressRuntimeError(
+                f"input {name} of type {self._inputs[name].type} is none of whole numbers"
+            )
         return self._ort.OrtValue.ortvalue_from_numpy(array.astype(dtype))
 
     def _empty(self, port: Any) -> Any:

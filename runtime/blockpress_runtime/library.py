@@ -7,6 +7,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+# An entry that only this module reads: ONNX Runtime makes no session where a domain is registered twice.
+_REGISTERED = "blockpress_runtime.registered"
 _NAMES = {"win32": "blockpress_runtime.dll", "darwin": "libblockpress_runtime.dylib"}
 
 
@@ -32,14 +34,19 @@ def library_path() -> Path:
 def register(session_options: Any) -> None:
     """Give the sessions made with these ``onnxruntime.SessionOptions`` the operators of domain ``blockpress``.
 
+    Doing it again changes nothing.
+
     Raises:
         BlockpressRuntimeError: The library was not built, or ONNX Runtime cannot load it.
     """
     path = library_path()
+    if _has_entry(session_options):
+        return
     try:
         session_options.register_custom_ops_library(str(path))
     except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
         raise BlockpressRuntimeError(f"ONNX Runtime cannot load {path}: {error}") from error
+    session_options.add_session_config_entry(_REGISTERED, "1")
 
 
 def session(path: str | PathLike[str], **options: Any) -> Any:
@@ -72,3 +79,10 @@ def import_onnxruntime() -> Any:
             f"ONNX Runtime is not installed ({error}): pip install onnxruntime, or onnxruntime-gpu"
         ) from error
     return onnxruntime
+
+
+def _has_entry(session_options: Any) -> bool:
+    try:
+        return bool(session_options.get_session_config_entry(_REGISTERED))
+    except Exception:  # how ONNX Runtime says that there is none
+        return False

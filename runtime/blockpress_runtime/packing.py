@@ -168,15 +168,10 @@ def check(packed: PackedMatrix) -> None:
         )
     if not 1 <= columns <= _MAX_COLUMNS:
         raise PackingError(f"columns must be from 1 to {_MAX_COLUMNS}, not {columns}")
-    types = (np.uint8, _STORED[packed.dtype], np.int64, np.float32)
-    tensors = (packed.mask, packed.values, packed.offsets, packed.scales)
-    for name, tensor, dtype, axes in zip(
-        ("mask", "values", "offsets", "scales"), tensors, types, (2, 1, 1, 2), strict=True
-    ):
-        if tensor.dtype != dtype or tensor.ndim != axes:
-            raise PackingError(
-                f"{name} must be {np.dtype(dtype)} with {axes} axes, is {tensor.dtype} with {tensor.ndim}"
-            )
+    _check_tensor("mask", packed.mask, np.uint8, 2)
+    _check_tensor("values", packed.values, _STORED[packed.dtype], 1)
+    _check_tensor("offsets", packed.offsets, np.int64, 1)
+    _check_tensor("scales", packed.scales, np.float32, 2)
     if packed.mask.shape[1] != -(-columns // 8):
         raise PackingError(f"mask must have {-(-columns // 8)} bytes in a row, has {packed.mask.shape[1]}")
     _check_scales(packed.scales.shape, rows, columns, packed.group_size)
@@ -197,6 +192,13 @@ def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
     height = max(1, _BLOCK_WEIGHTS // (columns * STRIP_ROWS)) * STRIP_ROWS
     for start in range(0, rows, height):
         yield slice(start, min(rows, start + height))
+
+
+def _check_tensor(name: str, tensor: Array, dtype: type[np.generic], axes: int) -> None:
+    if tensor.dtype != dtype or tensor.ndim != axes:
+        raise PackingError(
+            f"{name} must be {np.dtype(dtype)} with {axes} axes, is {tensor.dtype} with {tensor.ndim}"
+        )
 
 
 def _check_scales(shape: tuple[int, ...], rows: int, columns: int, group_size: int) -> None:
@@ -245,11 +247,11 @@ def _row_elements(mask: NDArray[np.uint8], dtype: ValueType) -> NDArray[np.int64
     """Elements of ``values`` that each row takes."""
     counts = _BITS[mask]
     if dtype != "int4":
-        return counts.sum(axis=1, dtype=np.int64)
+        return np.asarray(counts.sum(axis=1, dtype=np.int64))
     piece_bytes = PIECE_COLUMNS // 8
     starts = np.arange(0, mask.shape[1], piece_bytes)
     in_pieces = np.add.reduceat(counts, starts, axis=1)  # at most 64 each
-    return ((in_pieces + 1) // 2).sum(axis=1, dtype=np.int64)
+    return np.asarray(((in_pieces + 1) // 2).sum(axis=1, dtype=np.int64))
 
 
 def _offsets(mask: NDArray[np.uint8], dtype: ValueType) -> NDArray[np.int64]:

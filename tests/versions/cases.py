@@ -1,0 +1,85 @@
+"""Models of one SparseMatMul for check.py: good ones with the right numbers, and broken ones with the message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+from runtime_samples import (
+    DTYPES,
+    attributes_of,
+    exact_product,
+    model_of,
+    random_packed,
+    rounded_rows,
+    tensors_of,
+)
+
+SHAPES = ((37, 130), (64, 256))
+
+
+def write_cases(folder: Path) -> None:
+    """Every value type, 32 and 8 activation bits, weights inline and in an external file; and broken weights."""
+    for dtype in DTYPES:
+        for bits in (32, 8) if dtype in ("int8", "int4") else (32,):
+            for rows, columns in SHAPES:
+                _write_good(folder, f"good-{dtype}-{bits}-{columns}", dtype, bits, rows, columns)
+    packed = random_packed(20, 70, "int8")
+    broken = {
+        "offset": ("offsets", "offsets[1] must be"),
+        "length": ("values", "of padding by the bits of mask"),
+        "bits": ("mask", "beyond its 70 columns"),
+    }
+    for name, (tensor, message) in broken.items():
+        tensors = tensors_of(packed)
+        _spoil(tensors[tensor])
+        model = model_of(tensors, attributes_of(packed))
+        (folder / f"broken-{name}.onnx").write_bytes(model.SerializeToString())
+        (folder / f"broken-{name}.txt").write_text(message, encoding="utf-8")
+
+
+def _write_good(folder: Path, name: str, dtype: str, bits: int, rows: int, columns: int) -> None:
+    group_size = 64 if dtype in ("int8", "int4") else 0
+    packed = random_packed(rows, columns, dtype, group_size=group_size)  # type: ignore[arg-type]
+    random = np.random.default_rng(3)
+    x = random.standard_normal((2, 3, columns)).astype(np.float32)
+    bias = random.standard_normal(rows).astype(np.float32)
+    used = x.astype(np.float64)
+    if bits == 8:
+        integers, step = rounded_rows(x)
+        used = integers * step.astype(np.float64)
+    y, terms = exact_product(used, packed, bias)  # type: ignore[arg-type]
+    for place in ("inline", "external"):
+        tensors = tensors_of(packed, bias)
+        if place == "external":
+            move_out(tensors, folder / f"{name}.data")
+        model = model_of(tensors, attributes_of(packed, bits), rank=3)
+        (folder / f"{name}-{place}.onnx").write_bytes(model.SerializeToString())
+        np.savez(folder / f"{name}-{place}.npz", x=x, y=y, terms=terms)
+
+
+def move_out(tensors: dict[str, onnx.TensorProto], path: Path) -> None:
+    """Put the bytes of the tensors into the file, each from a page on, which is how ONNX Runtime maps them."""
+    with path.open("wb") as data:
+        for tensor in tensors.values():
+            data.write(b"\0" * (-data.tell() % 4096))
+            places = {"location": path.name, "offset": data.tell(), "length": len(tensor.raw_data)}
+            data.write(tensor.raw_data)
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in places.items():
+                tensor.external_data.add(key=key, value=str(value))
+
+
+def _spoil(tensor: onnx.TensorProto) -> None:
+    payload = bytearray(tensor.raw_data)
+    if tensor.name == "mask":
+        payload[8] |= 0x80  # the last byte of the first row, which holds 6 columns
+    elif tensor.name == "offsets":
+        payload[8] ^= 1
+    else:
+        payload.append(0)
+        tensor.dims[0] += 1
+    tensor.raw_data = bytes(payload)

@@ -1,0 +1,70 @@
+"""Runs the models of a folder with the operator library in the ONNX Runtime of this interpreter.
+
+    python check.py LIBRARY FOLDER
+
+Needs onnxruntime and numpy only. Prints one line of JSON: the release, how many models gave the right numbers, how
+many broken ones were refused, and the largest error. Ends with 1 and a line per failure if any model did not do what
+it should.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+TOLERANCE = 1e-6  # of the sum of the sizes of a product's terms
+
+
+def open_session(library: str, model: Path) -> onnxruntime.InferenceSession:
+    """A session with the operators."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 2
+    options.register_custom_ops_library(library)
+    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
+def relative_error(library: str, model: Path) -> float:
+    """The largest error of the model's output."""
+    known = np.load(model.with_suffix(".npz"))
+    y = open_session(library, model).run(None, {"x": known["x"]})[0]
+    if y.shape != known["y"].shape:
+        raise ValueError(f"shape {y.shape}, not {known['y'].shape}")
+    return float((np.abs(y - known["y"]) / known["terms"]).max())
+
+
+def main(library: str, folder: Path) -> int:
+    """Check all models; the exit code."""
+    failures, right, refused, worst = [], 0, 0, 0.0
+    for model in sorted(folder.glob("good-*.onnx")):
+        try:
+            error = relative_error(library, model)
+        except Exception as reason:
+            failures.append(f"{model.name}: {reason}")
+            continue
+        worst = max(worst, error)
+        if error <= TOLERANCE:
+            right += 1
+        else:
+            failures.append(f"{model.name}: error {error:.2g}")
+    for model in sorted(folder.glob("broken-*.onnx")):
+        message = model.with_suffix(".txt").read_text(encoding="utf-8")
+        try:
+            open_session(library, model)
+            failures.append(f"{model.name}: was loaded")
+        except Exception as reason:
+            if message in str(reason):
+                refused += 1
+            else:
+                failures.append(f"{model.name}: {reason}")
+    print("\n".join(failures), file=sys.stderr)
+    print(json.dumps([onnxruntime.__version__, np.__version__, right, refused, worst]))
+    return 1 if failures or not right or not refused else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1], Path(sys.argv[2])))
