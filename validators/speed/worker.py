@@ -169,7 +169,7 @@ class _Library:
         try:
             self.version = metadata.version("blockpress-runtime")
         except metadata.PackageNotFoundError:  # run from its source folder
-            self.version = "not installed as a distribution"
+            self.version = "of unknown version"
 
 
 def main() -> None:
