@@ -71,7 +71,8 @@ def _rate_plot(
         axes.plot([rate.low, rate.high], [place, place], color=svg.INK, linewidth=1.6)
         if roof is not None:
             axes.plot([roof, roof], [place - 0.36, place + 0.36], color=svg.MUTED, linewidth=1.6)
-        _words(axes, place, model.name, max(rate.high, roof or 0), units.number(rate.median, 3))
+        words = units.number(rate.median, 3) + ("" if roof is None else f" of {units.number(roof, 3)}")
+        _words(axes, place, model.name, max(rate.high, roof or 0), words)
     _limits(axes, end, len(rates))
     spoken = ", ".join(f"{m.name} {with_spread(r)}" for m, r in zip(speed.models, rates, strict=True))
     return svg.inline_svg(figure, name, f"{title}: {spoken}.")
@@ -100,7 +101,7 @@ def _stacked_plot(
 
 
 def _bars(count: int, bottom: float = 8) -> tuple[Any, Any]:
-    return canvas(_ROW * count + bottom + 8, left=132, right=70, top=8, bottom=bottom)
+    return canvas(_ROW * count + bottom + 8, left=124, right=96, top=8, bottom=bottom)
 
 
 def _words(axes: Any, place: int, label: str, end: float, words: str) -> None:

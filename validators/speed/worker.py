@@ -155,7 +155,7 @@ class _Library:
             ValidationResourceError: E-BENCH-LIBRARY: it is required, and is not there or does not load.
         """
         try:
-            import blockpress_runtime  # type: ignore[import-not-found]
+            import blockpress_runtime
 
             blockpress_runtime.register(options)
         except Exception as error:  # its own errors are known only where it is installed
