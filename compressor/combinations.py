@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from compressor.errors import UsageError
-from compressor.recipe import Recipe
+from compressor.recipe import ExportRecipe, Recipe
 
-__all__ = ["check_combination"]
+__all__ = ["check_combination", "check_export"]
 
 # They move zeros about, and a model that lost whole heads and neurons has none.
 _MOVE_MASKS = ("dsnot", "ebft-mask")
@@ -15,9 +15,10 @@ def check_combination(recipe: Recipe) -> None:
     """Do nothing where pruner, pattern, recovery and gates of a recipe fit each other.
 
     Raises:
-        UsageError: E-ALLOCATION-PATTERN, E-FLAP-ALLOCATION, E-FLAP-PATTERN, E-FLAP-RECOVERY, E-FLAP-GATE,
-            E-FLAP-UNIFORM, E-UNIFORM-PRUNER.
+        UsageError: As ``check_export``; E-ALLOCATION-PATTERN, E-FLAP-ALLOCATION, E-FLAP-PATTERN, E-FLAP-RECOVERY,
+            E-FLAP-GATE, E-FLAP-UNIFORM, E-UNIFORM-PRUNER.
     """
+    check_export(recipe.export)
     pruning = recipe.pruning
     if pruning.allocation != "uniform" and pruning.pattern is not None:
         raise UsageError(
@@ -33,6 +34,26 @@ def check_combination(recipe: Recipe) -> None:
             "E-UNIFORM-PRUNER",
             f"--uniform is about the heads and neurons that flap takes out, the pruner is {pruning.method}",
             "give --pruner flap, or leave --uniform out",
+        )
+
+
+def check_export(export: ExportRecipe) -> None:
+    """Do nothing where type, encoding and activations of an export fit each other.
+
+    Raises:
+        UsageError: E-EXPORT-ENCODING, E-EXPORT-ACTIVATIONS.
+    """
+    if export.weight_bits is not None and export.encoding not in ("auto", "packed"):
+        raise UsageError(
+            "E-EXPORT-ENCODING",
+            f"{export.dtype} weights are stored packed, encoding {export.encoding} has no place for them",
+            f"leave --encoding out, or give --dtype float32 with --encoding {export.encoding}",
+        )
+    if export.activation_bits == 8 and export.weight_bits is None:
+        raise UsageError(
+            "E-EXPORT-ACTIVATIONS",
+            f"activations of 8 bits multiply int8 and int4 weights; the type is {export.dtype}",
+            "give --dtype int8 or int4, or leave --activation-bits out",
         )
 
 

@@ -26,6 +26,7 @@ from compressor.comparison.task_set import task_set
 from compressor.comparison.texts import GridTexts
 from compressor.comparison.workers import OwnProcess, ThisProcess
 from compressor.devices import dtype_name, resolve_device
+from compressor.errors import UsageError
 from compressor.evaluation import window_length
 from compressor.models.checkpoint import Checkpoint, open_checkpoint
 from compressor.models.source import max_seqlen
@@ -115,6 +116,7 @@ def compare(
     cells = cells_of(known, recipe, overrides or {}, preset=grid is None)
     source = recipe if recipe is not None else known.recipe
     base = read_recipe(source, {**known.settings, **(overrides or {})})
+    _refuse_quantized([base, *(cell.recipe for cell in cells if cell.recipe is not None)])
     with reserve_folder(out, force, model=model) as folder:
         progress(StageStarted("open", str(model)))
         checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -226,3 +228,18 @@ def _write_all(folder: ResultsFolder, comparison: Comparison) -> None:
     _write_figures(folder, comparison)
     folder.write("compare.md", markdown_text(comparison))
     folder.write("compare.html", render_page(comparison))
+
+
+def _refuse_quantized(recipes: Sequence[Recipe]) -> None:
+    """Do nothing where no recipe quantises: a cell measures what pruning and repair do, before any export.
+
+    Raises:
+        UsageError: E-COMPARE-QUANTIZED.
+    """
+    for recipe in recipes:
+        if recipe.export.weight_bits is not None:
+            raise UsageError(
+                "E-COMPARE-QUANTIZED",
+                f"a comparison measures float models, the type is {recipe.export.dtype}",
+                "leave --dtype out; compress run --dtype measures one quantised model",
+            )

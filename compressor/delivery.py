@@ -18,9 +18,11 @@ from compressor.models.structure import plain_type
 from compressor.models.writer import CONFIG_NAME, MASKS_NAME, write_json
 from compressor.opening import Subject
 from compressor.progress import Notice, Progress, StageStarted
+from compressor.quantization.writer import QuantizedModel
 from compressor.recipe import Recipe
 from compressor.report.html import write_report
 from compressor.report.schema import (
+    PACKED_STATEMENT,
     STATEMENT,
     STRUCTURED_STATEMENT,
     CalibrationFacts,
@@ -42,6 +44,7 @@ from compressor.reporting import (
     manifest_facts,
     onnx_bytes,
     perplexity_facts,
+    quantization_facts,
     share_of_zeros,
     stage_seconds,
     validation_facts,
@@ -53,11 +56,15 @@ from compressor.run.output import OutputPlan
 from compressor.run.publish import Staging
 from compressor.validation import run_validator
 from exporters.block_check import check_blocks
-from exporters.causal_lm import build_graph
+from exporters.causal_lm import BlockGraph, build_graph
 from exporters.manifest import Manifest, hash_files, write_manifest
 from exporters.masks import read_masks
+from exporters.packed_graph import PackedGraph, pack_graph
+from exporters.quantized import SCALES_NAME, read_quantization
 from exporters.wire import write_model
 from validators.checks import ValidationReport
+
+_NAMED = 3  # weights that a notice names
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ class Measured:
     calibration: CalibrationFacts | None = None
     passed: PassResult | None = None
     run_sha256: str | None = None
+    quantized: QuantizedModel | None = None
 
     @property
     def zeros_were_filled(self) -> bool:
@@ -116,6 +124,7 @@ class Delivery:
         self._progress = progress
         self._versions = installed_versions()
         self._counts = count_masks(read_masks(hf_folder / MASKS_NAME))
+        self._told: list[str] = []
 
     def deliver(
         self,
@@ -152,7 +161,7 @@ class Delivery:
                 self._progress(StageStarted("validate"))
                 reach("validate: before")
                 validation = self._validate(measured, provider, require)
-        told = (*notices, *lacking, *(validation.notices if validation is not None else ()))
+        told = (*notices, *lacking, *self._told, *(validation.notices if validation is not None else ()))
         report = self._report(measured, manifest, validation, told)
         write_report(report, self._plan.report_json, self._plan.report_html)
         self._progress(StageStarted("publish"))
@@ -167,15 +176,18 @@ class Delivery:
         graph = build_graph(parts, opset=settings.opset)
         with self._measure.stage("export: block check"):
             check_blocks(parts, graph)
+        packed = self._packed(graph) if settings.packs else None
         tensors = write_model(
-            graph.proto,
-            graph.weights,
+            graph.proto if packed is None else packed.proto,
+            graph.weights if packed is None else packed.weights,
             self._plan.onnx,
             self._plan.data.name,
-            encoding=settings.encoding,
+            encoding=settings.encoding if packed is None else "packed",
             metadata=self._metadata(),
             pruned=set(self._counts),
         )
+        if packed is not None:
+            tensors = packed.rows(tensors, self._plan.data.name)
         self._copy_model_files()
         manifest = Manifest(
             files=hash_files(self._plan.folder, self._model_files()),
@@ -187,6 +199,23 @@ class Delivery:
         )
         write_manifest(manifest, self._plan.manifest)
         return manifest
+
+    def _packed(self, graph: BlockGraph) -> PackedGraph:
+        """The graph with packed and integer weights; what could not be packed is told."""
+        quantization = read_quantization(self._hf / SCALES_NAME)
+        packed = pack_graph(
+            graph.proto,
+            graph.weights,
+            pruned=set(self._counts),
+            quantized={} if quantization is None else quantization.weights,
+            activation_bits=self._recipe.export.used_activation_bits,
+        )
+        if packed.left:
+            named = ", ".join(packed.left[:_NAMED]) + (", …" if len(packed.left) > _NAMED else "")
+            message = f"{len(packed.left)} pruned weights are stored dense, as they cannot be packed: {named}"
+            self._told.append(message)
+            self._progress(Notice(message))
+        return packed
 
     def _metadata(self) -> dict[str, str]:
         facts = self._subject.facts
@@ -248,7 +277,8 @@ class Delivery:
         taken_out = self._taken_out(measured)
         counts = taken_out or self._counts
         onnx_perplexity = None if validation is None else validation.perplexity.get("onnx")
-        element_bytes = torch.empty(0, dtype=subject.dtype).element_size()
+        weight_bits = self._recipe.export.weight_bits
+        element_bytes = weight_bits / 8 if weight_bits else torch.empty(0, dtype=subject.dtype).element_size()
         parameters = subject.facts.parameters
         return Report(
             command=subject.command,
@@ -265,9 +295,10 @@ class Delivery:
             ),
             calibration=measured.calibration,
             validation=validation_facts(validation),
+            quantization=quantization_facts(measured.quantized),
             size=SizeFacts(
                 source_bytes=subject.source_bytes,
-                dense_bytes=None if parameters is None else parameters * element_bytes,
+                dense_bytes=None if parameters is None else int(parameters * element_bytes),
                 onnx_bytes=onnx_bytes(self._plan),
                 by_encoding=bytes_by_encoding(manifest.tensors),
             ),
@@ -285,8 +316,14 @@ class Delivery:
             manifest=manifest_facts(manifest),
             run_sha256=measured.run_sha256,
             notices=notices,
-            statement=STRUCTURED_STATEMENT if taken_out else STATEMENT,
+            statement=self._statement(manifest, structured=bool(taken_out)),
         )
+
+    @staticmethod
+    def _statement(manifest: Manifest, *, structured: bool) -> str:
+        if structured:
+            return STRUCTURED_STATEMENT
+        return PACKED_STATEMENT if any(row.encoding == "packed" for row in manifest.tensors) else STATEMENT
 
     def _taken_out(self, measured: Measured) -> dict[str, MaskCount]:
         """What is left of each parameter, where heads or neurons were taken out; else nothing."""

@@ -9,6 +9,8 @@ import torch
 from compressor.errors import InputRefused, OutOfResources, UsageError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Multiples of float32 scales: what is not quantised, and the PyTorch model, is float32 too.
+QUANTIZED = ("int8", "int4")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -44,7 +46,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def export_dtype(choice: str, checkpoint_dtype: torch.dtype) -> torch.dtype:
-    """The type of the exported weights; ``auto`` keeps the checkpoint's.
+    """The type of the exported weights; ``auto`` keeps the checkpoint's, int8 and int4 stand on float32.
 
     Every one of them runs on ONNX Runtime's CPU provider: float16 through casts that it inserts itself, bfloat16
     because the graph stores it and casts to float32.
@@ -52,6 +54,8 @@ def export_dtype(choice: str, checkpoint_dtype: torch.dtype) -> torch.dtype:
     Raises:
         InputRefused: The checkpoint's type is none that ONNX Runtime can run.
     """
+    if choice in QUANTIZED:
+        return torch.float32
     if choice != "auto":
         return DTYPES[choice]
     if checkpoint_dtype not in DTYPES.values():

@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from compressor.combinations import check_export
 from compressor.delivery import CompressionResult, Delivery, Measured
-from compressor.devices import dtype_name
 from compressor.evaluation import Evaluation, evaluation_of, window_length
 from compressor.linears import IgnoreRules, prunable_matrices
 from compressor.models.writer import CheckpointWriter
 from compressor.opening import OpenModel, open_model
 from compressor.perplexities import PerplexityStreams
 from compressor.progress import Notice, Progress, StageStarted, TextReady, silent
+from compressor.quantization.writer import QuantizingWriter, with_quantized
 from compressor.recipe import Recipe
 from compressor.recipe_file import read_recipe
 from compressor.run.measure import Measure
@@ -47,7 +48,8 @@ def export(
 
     The arguments are those of ``compressor.compress``; of the recipe, the sections ``evaluation``, ``export`` and
     ``gates`` count, and ``calibration.seqlen`` as the length of the evaluation windows. In the report the model
-    stands under ``perplexity.recovered``: the PyTorch model that the ONNX file is compared with.
+    stands under ``perplexity.recovered``; with dtype int8 or int4 its quantised form, which the ONNX file is compared
+    with, under ``perplexity.quantized``.
 
     Raises:
         ReportedError: Bad input, an existing output, missing resources; nothing was written, an older output stands.
@@ -55,6 +57,7 @@ def export(
     recipe = recipe if recipe is not None else read_recipe(None)
     check_required(require)
     check_provider(provider if validate else "auto")
+    check_export(recipe.export)
     measure = Measure()
     with reserve_output(out, force, model=model) as plan, Staging(plan) as staging:
         hf_folder = staging.plan.hf or staging.scratch / "hf"
@@ -75,12 +78,16 @@ def export(
                 progress(Notice(message))
             progress(TextReady("evaluation", evaluation.text.spec, len(evaluation.ids), seqlen))
         with measure.stage("blocks"):
-            progress(StageStarted("blocks", f"{source.num_blocks} blocks, {dtype_name(opened.dtype)}"))
-            perplexity = _copy_blocks(opened, evaluation, CheckpointWriter(hf_folder, source, opened.dtype))
+            progress(StageStarted("blocks", f"{source.num_blocks} blocks, {opened.export_type}"))
+            writer = CheckpointWriter(hf_folder, source, opened.dtype)
+            quantizer = _quantizer(recipe, opened, writer, hf_folder, evaluation)
+            perplexity = _copy_blocks(opened, evaluation, quantizer or writer)
+            quantized = None if quantizer is None else quantizer.result()
         subject = opened.subject("export", None)
         source.close()
         delivery = Delivery(subject, staging, hf_folder, recipe, measure, progress)
-        measured = Measured(evaluation, {"recovered": perplexity})
+        perplexities = with_quantized({"recovered": perplexity}, quantized)
+        measured = Measured(evaluation, perplexities, quantized=quantized)
         return delivery.deliver(
             measured, validate=validate, provider=provider, require=require, notices=opened.checkpoint.notices
         )
@@ -98,7 +105,28 @@ def found_masks(block: nn.Module, name: str) -> dict[str, Mask]:
     return masks
 
 
-def _copy_blocks(opened: OpenModel, evaluation: Evaluation, writer: CheckpointWriter) -> float:
+def _quantizer(
+    recipe: Recipe, opened: OpenModel, writer: CheckpointWriter, folder: Path, evaluation: Evaluation
+) -> QuantizingWriter | None:
+    """What quantises the blocks on their way, without calibration text: the steps reach the largest weights."""
+    export = recipe.export
+    if export.weight_bits is None:
+        return None
+    return QuantizingWriter(
+        writer,
+        folder,
+        opened.source,
+        bits=export.weight_bits,
+        activation_bits=export.used_activation_bits,
+        calibration=None,
+        evaluation=torch.from_numpy(evaluation.ids),
+        device=opened.device,
+    )
+
+
+def _copy_blocks(
+    opened: OpenModel, evaluation: Evaluation, writer: CheckpointWriter | QuantizingWriter
+) -> float:
     """Commit every block as it is, rounded to the exported type; perplexity of what was committed."""
     source = opened.source
     streams = PerplexityStreams(source, torch.from_numpy(evaluation.ids), opened.device, ("recovered",))

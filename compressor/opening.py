@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from compressor.calibration.tokens import refuse_tokenizer_beyond
-from compressor.devices import dtype_name, export_dtype, resolve_device
+from compressor.devices import QUANTIZED, dtype_name, export_dtype, resolve_device
 from compressor.models.checkpoint import Checkpoint, open_checkpoint
 from compressor.models.source import BlockSource, open_source
 from compressor.report.schema import ModelFacts
@@ -59,6 +59,7 @@ class OpenModel:
     source: BlockSource
     device: torch.device
     dtype: torch.dtype
+    export_type: str  # what a user calls it: int8 and int4 stand on float32
 
     def load_tokenizer(self) -> Any:
         """The model's tokenizer; the embedding has a row for every token that it can emit.
@@ -80,7 +81,7 @@ class OpenModel:
                 revision=self.checkpoint.revision,
                 parameters=self.source.num_parameters,
                 checkpoint_dtype=dtype_name(self.checkpoint.dtype),
-                export_dtype=dtype_name(self.dtype),
+                export_dtype=self.export_type,
             ),
             blocks_name=self.source.blocks_name,
             source_bytes=self.checkpoint.source_bytes,
@@ -109,4 +110,6 @@ def open_model(
     where = resolve_device(device)
     checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
     stored = export_dtype(dtype, checkpoint.dtype)
-    return OpenModel(checkpoint, open_source(checkpoint, where, stored_dtype=stored), where, stored)
+    export_type = dtype if dtype in QUANTIZED else dtype_name(stored)
+    source = open_source(checkpoint, where, stored_dtype=stored)
+    return OpenModel(checkpoint, source, where, stored, export_type)

@@ -16,7 +16,7 @@ from compressor.propagation import advance, embedded
 from compressor.streams import Activations
 from validators.perplexity import perplexity, sum_nll
 
-Version = Literal["dense", "pruned", "recovered"]
+Version = Literal["dense", "pruned", "recovered", "quantized"]
 
 
 class EvaluationStreams(Protocol):
@@ -37,7 +37,7 @@ class EvaluationStreams(Protocol):
 
 
 class PerplexityStreams:
-    """Evaluation windows on their way through up to three versions of the model.
+    """Evaluation windows on their way through versions of the model.
 
     Args:
         source: Where embedding and head come from.

@@ -13,8 +13,9 @@ from compressor.delivery import CompressionResult, Delivery, Measured
 from compressor.linears import IgnoreRules
 from compressor.models.writer import CheckpointWriter
 from compressor.opening import open_model
-from compressor.planning import pattern_of, plan, run_blocks
+from compressor.planning import pattern_of, plan, quantizer_of, run_blocks
 from compressor.progress import Notice, Progress, StageStarted, silent
+from compressor.quantization.writer import with_quantized
 from compressor.recipe import Recipe
 from compressor.recipe_file import read_recipe
 from compressor.resuming import (
@@ -110,12 +111,19 @@ def compress(
             hf_folder = staging.plan.hf or staging.scratch / "hf"
             with measure.stage("blocks"), limited_activations(activation_memory, staging.scratch):
                 writer = CheckpointWriter(hf_folder, job.source, opened.dtype, widths=job.widths)
-                passed = run_blocks(job, writer, stop, progress, state)
+                quantizer = quantizer_of(job, writer, hf_folder)
+                passed = run_blocks(job, quantizer or writer, stop, progress, state)
+                quantized = None if quantizer is None else quantizer.result()
             measure.timings.update({f"blocks: {tuned.method}": tuned.elapsed_s for tuned in passed.finetuned})
             subject = opened.subject("run", job.pattern)
             job.source.close()
             measured = Measured(
-                job.evaluation, passed.perplexities, job.calibration.facts(), passed, run_digest(facts)
+                job.evaluation,
+                with_quantized(passed.perplexities, quantized),
+                job.calibration.facts(),
+                passed,
+                run_digest(facts),
+                quantized,
             )
             delivery = Delivery(subject, staging, hf_folder, job.recipe, measure, progress)
             result = delivery.deliver(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from compressor.models.writer import CheckpointWriter
 from compressor.opening import OpenModel
 from compressor.pass_state import PassState
 from compressor.progress import Notice, Progress, RunStarted, TextReady
+from compressor.quantization.writer import QuantizingWriter
 from compressor.recipe import PruningRecipe, Recipe
 from compressor.report.schema import CalibrationFacts
 from compressor.sparsity import SparsityPattern
@@ -173,7 +175,7 @@ def plan(
             num_blocks=source.num_blocks,
             prunable_weights=prunable,
             checkpoint_dtype=dtype_name(opened.checkpoint.dtype),
-            export_dtype=dtype_name(opened.dtype),
+            export_dtype=opened.export_type,
             device=str(opened.device),
             pattern=str(pattern),
             pruner=recipe.pruning.method,
@@ -207,9 +209,26 @@ def as_used(recipe: Recipe, pattern: SparsityPattern, seqlen: int, finish: str) 
     return recipe.model_copy(update=parts)
 
 
+def quantizer_of(job: Job, writer: CheckpointWriter, folder: Path) -> QuantizingWriter | None:
+    """What quantises the blocks on their way to ``writer``, which writes to ``folder``; None where nothing does."""
+    export = job.recipe.export
+    if export.weight_bits is None:
+        return None
+    return QuantizingWriter(
+        writer,
+        folder,
+        job.source,
+        bits=export.weight_bits,
+        activation_bits=export.used_activation_bits,
+        calibration=job.calibration.windows.ids,
+        evaluation=torch.from_numpy(job.evaluation.ids),
+        device=job.device,
+    )
+
+
 def run_blocks(
     job: Job,
-    writer: CheckpointWriter,
+    writer: CheckpointWriter | QuantizingWriter,
     stop: Callable[[], bool],
     progress: Progress,
     state: PassState | None = None,

@@ -286,9 +286,28 @@ class EvaluationRecipe(_Section):
 class ExportRecipe(_Section):
     """How the ONNX file is written."""
 
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    encoding: Literal["auto", "dense", "sparse"] = "auto"
+    # int8 and int4: kept weights are quantised after the repair and packed; head and embeddings are int8
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "int8", "int4"] = "auto"
+    encoding: Literal["auto", "dense", "sparse", "packed"] = "auto"  # auto: packed for int8 and int4
+    activation_bits: Literal[8, 32] | None = (
+        None  # of what enters a linear; None: 8 for int8 and int4, else 32
+    )
     opset: Annotated[int, Field(ge=18, le=23)] = 18
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Bits of the blocks' weights where they are quantised, else None."""
+        return {"int8": 8, "int4": 4}.get(self.dtype)
+
+    @property
+    def packs(self) -> bool:
+        """Whether sparse weights are packed."""
+        return self.encoding == "packed" or self.weight_bits is not None
+
+    @property
+    def used_activation_bits(self) -> int:
+        """Bits of what enters a packed or quantised linear."""
+        return self.activation_bits or (32 if self.weight_bits is None else 8)
 
 
 class GatesRecipe(_Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from compressor.block_result import PassResult
 from compressor.evaluation import Evaluation
 from compressor.finetuning import FINISHES
+from compressor.quantization.writer import QuantizedModel
 from compressor.report.schema import (
     BlockRow,
     CheckRow,
@@ -23,6 +24,8 @@ from compressor.report.schema import (
     LoadFacts,
     ManifestFacts,
     PerplexityFacts,
+    QuantizationFacts,
+    QuantizedBlockRow,
     TaskRow,
     TaskScore,
     ValidationFacts,
@@ -137,6 +140,18 @@ def perplexity_facts(
     """Perplexity by version of the model, as far as it was measured, and how it was."""
     measured = {key: perplexities.get(key) for key in PERPLEXITY_KEYS}
     return PerplexityFacts(**measured, protocol=None if evaluation is None else evaluation.facts())
+
+
+def quantization_facts(quantized: QuantizedModel | None) -> QuantizationFacts | None:
+    """How weights were quantised; None where they were not."""
+    if quantized is None:
+        return None
+    return QuantizationFacts(
+        bits=4 if quantized.bits == 4 else 8,
+        group_size=quantized.group_size,
+        activation_bits=8 if quantized.activation_bits == 8 else 32,
+        blocks=tuple(QuantizedBlockRow(**asdict(block)) for block in quantized.blocks),
+    )
 
 
 def onnx_bytes(plan: OutputPlan) -> int:

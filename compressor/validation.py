@@ -124,6 +124,7 @@ def validate_export(
     # What the caller brings is measured, whatever the report says of the run's own models.
     if reference is not None:
         known.pop("recovered", None)
+        known.pop("quantized", None)
         known.pop("pruned", None)
     if dense is not None:
         known.pop("dense", None)
@@ -330,4 +331,6 @@ def _known(recorded: Report | None, windows: Evaluation | None) -> dict[str, flo
     before, now = recorded.perplexity.protocol, windows.facts()
     if (before.sha256, before.window, before.windows) != (now.sha256, now.window, now.windows):
         return {}
-    return {name: getattr(recorded.perplexity, name) for name in ("dense", "pruned", "recovered")}
+    return {
+        name: getattr(recorded.perplexity, name) for name in ("dense", "pruned", "recovered", "quantized")
+    }

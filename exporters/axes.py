@@ -52,7 +52,7 @@ def _axes_of(weight: str, rank: int, consumers: Consumers) -> set[int]:
 
 def _product_axis(node: onnx.NodeProto, position: int) -> int | None:
     """The axis that a matrix product sums over in its input at ``position``; None for other nodes."""
-    if node.op_type == "MatMul":
+    if node.op_type in {"MatMul", "MatMulInteger"}:
         return -2 if position == 1 else -1
     if node.op_type == "Gemm" and position < 2:
         swapped = _integer(node, "transB" if position == 1 else "transA", 0) != 0

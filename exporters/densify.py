@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from exporters.fragments import tensor_bytes
+from exporters.packed_read import PackedTensor
 from exporters.read import OnnxFile
 from exporters.stored import SparseTensor, StoredTensor
 from exporters.unpacked_graph import DenseWeight, unpack_graph
@@ -84,7 +85,8 @@ def _initializers(model: OnnxFile) -> Iterator[StoredTensor]:
     inner = {name for node in model.proto.graph.node if node.op_type == "Constant" for name in node.output}
     for tensor in model.tensors:
         if tensor.name and (
-            tensor.name in dense or (isinstance(tensor, SparseTensor) and tensor.name not in inner)
+            tensor.name in dense
+            or (isinstance(tensor, (SparseTensor, PackedTensor)) and tensor.name not in inner)
         ):
             yield tensor
 

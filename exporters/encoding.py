@@ -13,7 +13,7 @@ Stock ONNX Runtime expands a sparse initializer while it loads, so sparse saves 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -164,7 +164,7 @@ class EncodingSummary:
 
 def summarize(rows: Sequence[TensorRow]) -> EncodingSummary:
     """Totals over the weights of an export, and what loading it costs."""
-    used: tuple[Encoding, ...] = ("dense", "sparse", "packed")
+    used = used_encodings(row.encoding for row in rows)
     tensors = {encoding: sum(row.encoding == encoding for row in rows) for encoding in used}
     stored = {kind: sum(row.stored_bytes for row in rows if row.encoding == kind) for kind in used}
     possible = {
@@ -174,8 +174,13 @@ def summarize(rows: Sequence[TensorRow]) -> EncodingSummary:
     return EncodingSummary(tensors, stored, possible, _load_note(tensors, len(rows)))
 
 
+def used_encodings(found: Iterable[Encoding]) -> tuple[Encoding, ...]:
+    """The encodings that totals name: dense and sparse, and packed where there is one."""
+    return ("dense", "sparse", "packed") if "packed" in found else ("dense", "sparse")
+
+
 def _load_note(tensors: Mapping[Encoding, int], weights: int) -> str:
-    sparse, packed = tensors["sparse"], tensors["packed"]
+    sparse, packed = tensors["sparse"], tensors.get("packed", 0)
     if packed:
         return (
             f"{packed} of {weights} weights are packed and stay so in memory. With the blockpress-runtime library "

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.encoding import census_of_mask, encoding_bytes
+from exporters.encoding import census_of_mask, encoding_bytes, used_encodings
 from exporters.fragments import dtype_name
 from exporters.manifest import Encoding
 from exporters.masks import BoolArray
@@ -28,7 +28,7 @@ class WeightRow:
 
     Attributes:
         name: Initializer name.
-        shape: Shape as stored, for a linear's weight often (in, out) where PyTorch has (out, in).
+        shape: Shape as stored, for a linear's weight often (in, out) where PyTorch has (out, in); (out, in) if packed.
         dtype: Numpy's name of the type.
         encoding: How it is stored.
         nnz: Elements that are not zero.
@@ -37,8 +37,8 @@ class WeightRow:
         pattern_axis: Axis along which the pattern holds, -1 or -2; None without a pattern.
         input_axis: Axis along which the linear's inputs run, -1 or -2; None where the graph does not tell.
         stored_bytes: Bytes in the files, header included.
-        bytes_by_encoding: Exact bytes for ``dense``, ``sparse`` (absent where not possible) and ``bitmask``
-            (hypothetical: no stock tool reads it); for the encoding in use the bytes found.
+        bytes_by_encoding: Exact bytes for ``dense``, ``sparse`` (absent where not possible), ``packed`` (where it
+            is) and ``bitmask`` (no more than an estimate); for the encoding in use the bytes found.
     """
 
     name: str
@@ -92,7 +92,8 @@ class Inspection:
     @property
     def tensors_by_encoding(self) -> dict[str, int]:
         """Number of weights by the encoding in use."""
-        return {kind: sum(row.encoding == kind for row in self.weights) for kind in ("dense", "sparse")}
+        kinds = used_encodings(row.encoding for row in self.weights)
+        return {kind: sum(row.encoding == kind for row in self.weights) for kind in kinds}
 
     @property
     def stored_bytes(self) -> int:
@@ -104,7 +105,7 @@ class Inspection:
         """Bytes of all weights if all used one encoding; a weight that cannot be sparse counts dense."""
         return {
             kind: sum(row.bytes_by_encoding.get(kind, row.bytes_by_encoding["dense"]) for row in self.weights)
-            for kind in ("dense", "sparse", "bitmask")
+            for kind in (*used_encodings(row.encoding for row in self.weights), "bitmask")
         }
 
     def to_json(self) -> dict[str, Any]:

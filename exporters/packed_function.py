@@ -172,9 +172,7 @@ _SCALING_GROUPS = """
 """
 
 
-def fallback_function(
-    *, int4: bool, group_size: int, activation_bits: int, opset: int
-) -> onnx.FunctionProto:
+def fallback_function(*, int4: bool, group_size: int, activation_bits: int, opset: int) -> onnx.FunctionProto:
     """The operator as a function. A name has one function, so all packed weights of a model are of one kind.
 
     Args:

@@ -47,12 +47,12 @@ _INT4_TYPE, _INT8_TYPE = int(TensorProto.INT4), int(TensorProto.INT8)
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight that is packed: its census as (N, K), the parameter's orientation, its scales."""
+    """A weight that is packed: its census as (N, K), whether its parameter lies the other way, its scales."""
 
     census: TensorCensus
     transposed: bool
+    pruned: bool
     quantized: QuantizedWeight | None
-    elements: int  # of the values, without the zeros behind them
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class PackedGraph:
     packed: Mapping[str, PackedWeight]
     left: tuple[str, ...]
 
-    def rows(self, written: Sequence[TensorRow]) -> tuple[TensorRow, ...]:
-        """The manifest's rows, one per weight again, from those of the initializers that were written."""
+    def rows(self, written: Sequence[TensorRow], location: str) -> tuple[TensorRow, ...]:
+        """The manifest's rows, one per weight again, from those of the initializers in the data file ``location``."""
         by_name = {row.name: row for row in written}
         rows = []
         for row in written:
@@ -80,7 +80,7 @@ class PackedGraph:
             part = dot + ending
             if owner in self.packed and part in (MASK, VALUES, OFFSETS, SCALES):
                 if part == MASK:
-                    rows.append(self._packed_row(owner, by_name))
+                    rows.append(self._packed_row(owner, by_name, location))
             elif part == SCALES and owner in by_name:
                 continue
             elif (scales := by_name.get(f"{row.name}{SCALES}")) is not None:
@@ -93,7 +93,7 @@ class PackedGraph:
                 rows.append(row)
         return tuple(rows)
 
-    def _packed_row(self, name: str, by_name: Mapping[str, TensorRow]) -> TensorRow:
+    def _packed_row(self, name: str, by_name: Mapping[str, TensorRow], location: str) -> TensorRow:
         weight = self.packed[name]
         parts = [by_name.get(f"{name}{part}") for part in (MASK, VALUES, OFFSETS, SCALES)]
         stored = sum(row.stored_bytes for row in parts if row is not None)
@@ -104,11 +104,11 @@ class PackedGraph:
             dtype=dtype_name(census.dtype),
             transposed=weight.transposed,
             input_axis=-1,
-            pruned=census.nnz < census.size,
+            pruned=weight.pruned and census.nnz < census.size,
             nnz=census.nnz,
             encoding="packed",
             mask_sha256=census.mask_sha256,
-            bytes_by_encoding={**encoding_bytes(census, ""), "packed": stored},
+            bytes_by_encoding={**encoding_bytes(census, location), "packed": stored},
             stored_bytes=stored,
         )
 
@@ -202,9 +202,7 @@ class _Packing:
             int4, group_size = next(iter(kinds))
             self._proto.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
             self._proto.functions.append(
-                fallback_function(
-                    int4=int4, group_size=group_size, activation_bits=self._bits, opset=opset
-                )
+                fallback_function(int4=int4, group_size=group_size, activation_bits=self._bits, opset=opset)
             )
         return PackedGraph(self._proto, self._weights, self._packed, tuple(self._left))
 
@@ -223,7 +221,12 @@ class _Packing:
                     pending.append((node.output[0], True))
                 elif (product := _product(node, position, swapped)) is not None:
                     products.append(product)
-                elif node.op_type == "Gather" and position == 0 and not swapped and not _attribute(node, "axis"):
+                elif (
+                    node.op_type == "Gather"
+                    and position == 0
+                    and not swapped
+                    and not _attribute(node, "axis")
+                ):
                     lookups.append(Lookup(node, node.input[1], node.output[0], _name(node)))
                 else:
                     return [], [], between
@@ -255,7 +258,9 @@ class _Packing:
         packed_bytes = -(-kept.shape[1] // 8) * len(kept) + elements * value_bytes
         if not int4 and packed_bytes >= tensor_bytes(kept.shape, stored_type):
             return False
-        self._packed[weight.name] = PackedWeight(census, weight.transposed == rows_first, quantized, elements)
+        self._packed[weight.name] = PackedWeight(
+            census, weight.transposed == rows_first, is_pruned, quantized
+        )
         self._add_parts(weight, kept.shape, value_type, elements, numbers, int4)
         for product in products:
             self._replaced[id(product.node)] = packed_product(
@@ -326,14 +331,14 @@ class _Packing:
         for product in products:
             self._replaced[id(product.node)] = int8_product(product, weight.name, self._bits)
         for lookup in lookups:
-            self._replaced[id(lookup.node)] = int8_lookup(
-                lookup, weight.name, columns_first=bool(products)
-            )
+            self._replaced[id(lookup.node)] = int8_lookup(lookup, weight.name, columns_first=bool(products))
         return True
 
     def _add_scales(self, weight: GraphWeight, scales: NDArray[np.float32]) -> None:
         self._weights.append(
-            _part(weight, SCALES, scales.shape, int(TensorProto.FLOAT), lambda: np.asarray(scales, np.float32))
+            _part(
+                weight, SCALES, scales.shape, int(TensorProto.FLOAT), lambda: np.asarray(scales, np.float32)
+            )
         )
 
 
@@ -428,4 +433,4 @@ def _attribute(node: onnx.NodeProto, name: str) -> object:
 
 
 def _name(node: onnx.NodeProto) -> str:
-    return node.name or node.output[0]
+    return str(node.name or node.output[0])

@@ -174,5 +174,7 @@ def int8_lookup(lookup: Lookup, weight: str, *, columns_first: bool) -> list[Nod
 
 
 def _node(operator: str, inputs: Sequence[str], output: str, **attributes: object) -> NodeProto:
-    node: onnx.NodeProto = helper.make_node(operator, inputs, [output], name=f"{output}/{operator}", **attributes)
+    node: onnx.NodeProto = helper.make_node(
+        operator, inputs, [output], name=f"{output}/{operator}", **attributes
+    )
     return node

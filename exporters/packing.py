@@ -124,7 +124,9 @@ def check_packed(packed: PackedMatrix, name: str) -> None:
         raise packed_error(name, "offsets that are not what the mask takes")
     tail = TAIL_BYTES // packed.values.dtype.itemsize
     if packed.values.shape != (int(offsets[-1]) + tail,):
-        raise packed_error(name, f"{packed.values.size} values, the mask takes {int(offsets[-1])} and {tail} zeros")
+        raise packed_error(
+            name, f"{packed.values.size} values, the mask takes {int(offsets[-1])} and {tail} zeros"
+        )
     if packed.values[int(offsets[-1]) :].view(np.uint8).any():
         raise packed_error(name, "the zeros behind the values are not zero")
 
@@ -199,6 +201,5 @@ def _int4_bytes(q: NDArray[np.generic], kept: BoolArray) -> tuple[NDArray[np.uin
     places, halves = _int4_places(kept)
     nibbles = np.full((int(counts.sum()), 2), 8, np.uint8)
     nibbles[places, halves] = (q[kept].astype(np.int16) + 8).astype(np.uint8)
-    return nibbles[:, 0] | nibbles[:, 1] << 4, counts.sum(axis=1)
-
-
+    octets: NDArray[np.uint8] = nibbles[:, 0] | nibbles[:, 1] << 4
+    return octets, np.asarray(counts.sum(axis=1), np.int64)

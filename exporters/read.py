@@ -24,6 +24,7 @@ from onnx import SparseTensorProto, TensorProto
 
 from exporters.axes import input_axes
 from exporters.errors import ExportError
+from exporters.packed_read import with_packed
 from exporters.protobuf import LENGTH_DELIMITED, Field, fields, text
 from exporters.stored import StoredTensor, dense_tensor, malformed, sparse_tensor
 
@@ -41,7 +42,7 @@ class OnnxFile:
         proto: The model without ``sparse_initializer``; dense initializers stored inline are inside.
         metadata: Its ``metadata_props``.
         tensors: Constants: dense initializers, sparse initializers, constants inside nodes, each in the
-            file's order. Strings are left out.
+            file's order. The parts of a packed weight are one. Strings are left out.
     """
 
     path: Path
@@ -55,14 +56,16 @@ def read_model(path: Path) -> OnnxFile:
 
     Raises:
         ExportError: E-ONNX-NOT-FOUND, E-ONNX-TRUNCATED, E-ONNX-CORRUPT, E-ONNX-TOO-LARGE,
-            E-ONNX-TENSOR-MALFORMED, E-ONNX-SPARSE-INDICES, E-ONNX-DATA-* (see ``exporters.external``).
+            E-ONNX-TENSOR-MALFORMED, E-ONNX-SPARSE-INDICES, E-ONNX-PACKED, E-ONNX-DATA-* (see
+            ``exporters.external``).
     """
     path = Path(path)
     try:
         with _open(path) as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             proto, places = _parse(content)
             metadata = {text(entry.key): text(entry.value) for entry in proto.metadata_props}
-            return OnnxFile(path, proto, metadata, tuple(_tensors(proto, path, places)))
+            constants = tuple(_tensors(proto, path, places))
+            return OnnxFile(path, proto, metadata, with_packed(proto.graph.node, constants))
     except EOFError as error:
         raise ExportError(
             "E-ONNX-TRUNCATED", f"{path}: the file is cut: {error}", "copy the file again, or export again"

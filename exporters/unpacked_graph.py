@@ -17,8 +17,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from exporters.packed_function import DOMAIN, OPERATOR
 from exporters.packed_nodes import MASK, SCALES
-from exporters.packing import PackedMatrix, dequantize, unpack_matrix
-from exporters.stored import StoredTensor, malformed
+from exporters.stored import StoredTensor
 
 _ROUNDING = ("Cast", "Add", "Round", "Div")  # from an integer product's input back to what was rounded
 _RESCALING = (("Cast", "Mul", "Mul"), ("MatMul", "Mul"))  # from an integer matrix's use to the result
@@ -44,11 +43,11 @@ def unpack_graph(proto: onnx.ModelProto, stored: Mapping[str, StoredTensor]) -> 
         stored: The initializers of the file.
 
     Raises:
-        ExportError: E-ONNX-TENSOR-MALFORMED: a packed product lacks a part. Loading a weight: E-ONNX-PACKED.
+        ExportError: E-ONNX-*: the file does not hold a bias. Loading a weight may raise the same.
     """
     work = _Unpacking(proto.graph, stored)
     for node in proto.graph.node:
-        if node.domain == DOMAIN and node.op_type == OPERATOR and node.output:
+        if (node.domain, node.op_type) == (DOMAIN, OPERATOR) and node.output:
             work.unpack(node)
         elif node.op_type in ("MatMulInteger", "Cast"):
             work.widen_product(node)
@@ -79,14 +78,9 @@ class _Unpacking:
 
     def unpack(self, node: NodeProto) -> None:
         """Replace a product by a packed weight."""
-        parts = [self._stored[name] for name in node.input[1:5] if name in self._stored]
-        options = {attribute.name: int(attribute.i) for attribute in node.attribute}
-        if len(parts) != 4 or len(parts[0].shape) != 2 or len(node.input) != 6 or "columns" not in options:
-            raise malformed(
-                node.name, f"{OPERATOR} needs four initializers, a bias and the number of columns"
-            )
         weight = node.input[1].removesuffix(MASK)
-        self._add(weight, (options["columns"], parts[0].shape[0]), partial(_unpacked, weight, parts, options))
+        tensor = self._stored[weight]
+        self._add(weight, tensor.shape[::-1], partial(_transposed, tensor))
         output, bias = node.output[0], node.input[5]
         if bias in self._stored and not self._stored[bias].load().any():
             self.replaced[id(node)] = [_node("MatMul", [node.input[0], weight], output, node.name)]
@@ -167,19 +161,9 @@ class _Unpacking:
         return name
 
 
-def _unpacked(name: str, parts: Sequence[StoredTensor], options: Mapping[str, int]) -> NDArray[np.float32]:
-    """The matrix of a packed weight, transposed: (inputs, outputs)."""
-    mask, values, offsets, scales = (part.load() for part in parts[:4])
-    packed = PackedMatrix(
-        mask.astype(np.uint8, copy=False),
-        values,
-        offsets.astype(np.int64, copy=False),
-        options["columns"],
-        int4=values.dtype == np.uint8,
-    )
-    steps = scales.astype(np.float32, copy=False)
-    W = dequantize(unpack_matrix(packed, name), steps, options.get("group_size", 0))
-    return np.ascontiguousarray(W.T)
+def _transposed(tensor: StoredTensor) -> NDArray[np.float32]:
+    """The matrix of a packed weight as (inputs, outputs)."""
+    return np.ascontiguousarray(tensor.load().astype(np.float32).T)
 
 
 def _scaled_matrix(

@@ -13,7 +13,6 @@ from onnx_samples import pruned_matrix, run_product, weight_of, write_product
 from speed_samples import language_model, packed_product
 
 from exporters.densify import densify, has_transposed_weights
-from exporters.errors import ExportError
 from exporters.read import read_model
 from validators.speed.contents import contents_of
 
@@ -109,17 +108,6 @@ def logits_of(path: Path) -> NDArray[np.float32]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     feeds = {port.name: np.zeros((2, 1, 0, 64), np.float32) for port in session.get_inputs()[1:]}
     return np.asarray(session.run(["logits"], {"input_ids": np.arange(6).reshape(2, 3), **feeds})[0])
-
-
-def test_dense_form_refuses_a_packed_weight_without_its_parts(tmp_path: Path) -> None:
-    """A packed product whose number of columns is missing is told as such."""
-    path = packed_product(tmp_path / "packed.onnx", np.ones((4, 8), np.float32), np.zeros(1, np.float32))
-    message = onnx.load(path)
-    message.graph.node[0].ClearField("attribute")
-    onnx.save(message, path)
-    with pytest.raises(ExportError) as refusal:
-        densify(read_model(path), tmp_path / "dense.onnx")
-    assert refusal.value.error_id == "E-ONNX-TENSOR-MALFORMED"
 
 
 def test_contents_of_sparse_initializers_are_those_that_run(tmp_path: Path) -> None:

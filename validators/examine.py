@@ -20,6 +20,7 @@ import numpy as np
 from validators.causal_lm import CausalLM
 from validators.checks import (
     PERPLEXITY_KEYS,
+    ROUNDED,
     TOLERANCES,
     Check,
     TaskResult,
@@ -44,10 +45,11 @@ from validators.parity import (
 )
 from validators.reference import Floats, Ids, Reference
 from validators.request import ValidationRequest
-from validators.session import Session
+from validators.session import Session, packed_runtime
 from validators.structure import Structure, examine_structure
 from validators.tasks import LoadedTasks, evaluate_tasks, load_tasks
 
+FALLBACK_CHECK, FALLBACK_TOKENS = "packed-fallback", 32
 _PARITY_NAMES = ("parity-prefill", "parity-decode", "parity-padded")
 
 
@@ -105,6 +107,9 @@ class _Examination:
     first_divergence: str | None = None
     tasks: dict[str, tuple[TaskResult, ...]] = field(default_factory=dict)
     _loaded_tasks: LoadedTasks | None = field(default=None, init=False)
+    _library: bool = field(default=False, init=False)  # whether packed weights are multiplied as they lie
+    _rounds_inputs: bool = field(default=False, init=False)
+    _reference_key: str = field(default="recovered", init=False)  # the version that the file was made of
 
     def __post_init__(self) -> None:
         self.perplexity = {key: self.request.known_perplexity.get(key) for key in PERPLEXITY_KEYS}
@@ -115,12 +120,19 @@ class _Examination:
         with self._stage("structure"):
             structure = examine_structure(self.request, self.on_progress)
         self.checks.extend(structure.checks)
+        self._rounds_inputs = structure.rounds_inputs
+        self._reference_key = "quantized" if structure.quantized else "recovered"
         return structure
 
     def load(self, structure: Structure) -> Session:
         """The file loaded, its cost noted."""
+        if structure.packed:
+            lacking = packed_runtime()
+            self._library = lacking is None
+            if lacking is not None:
+                self.notices.append(f"everything ran with the fallback in the file: {lacking}")
         with self._stage("load"):
-            session = Session(structure.model_path, self.request.provider)
+            session = Session(structure.model_path, self.request.provider, library=self._library)
         self.timings["load_s"] = session.load_s
         self.timings["load_rss_bytes"] = float(session.load_rss_bytes)
         self.provider = session.provider
@@ -144,9 +156,37 @@ class _Examination:
             with self._stage("perplexity"):
                 self.perplexity["onnx"] = self._perplexity(model.logits, windows, "perplexity")
         self._run_tasks("onnx", model)
+        compared = self._fallback_case(structure, model)
         del model
         gc.collect()
+        if compared is not None:
+            self._compare_fallback(structure, *compared)
         return runs
+
+    def _fallback_case(self, structure: Structure, model: CausalLM) -> tuple[ParityCase, Floats] | None:
+        """A few tokens and the logits that the library gives; a skipped check where there is nothing to compare."""
+        if not structure.packed and FALLBACK_CHECK not in self.request.require:
+            return None
+        windows = self._windows(self.request.parity_ids_path or self.request.windows_path)
+        why = {
+            "there are no packed weights": not structure.packed,
+            "the library is not here, so that all checks are of the fallback": not self._library,
+            "no text was given": windows is None,
+        }
+        for reason, holds in why.items():
+            if holds:
+                self.checks.append(skipped(FALLBACK_CHECK, reason))
+                return None
+        assert windows is not None
+        case = ParityCase(FALLBACK_CHECK, windows[:1, :FALLBACK_TOKENS])
+        return case, run_onnx(model, case)
+
+    def _compare_fallback(self, structure: Structure, case: ParityCase, expected: Floats) -> None:
+        """Judge what stock ONNX Runtime computes with the function in the file by what the library gives."""
+        with self._stage("fallback"):
+            model = CausalLM(Session(structure.model_path, self.request.provider))
+            found = run_onnx(model, case)
+        self.checks.append(judge(case, expected, found, self._tolerance, self.request.gates))
 
     def cross_check(self, structure: Structure) -> None:
         """Compare the ONNX perplexity with lm-eval's, where that is asked for."""
@@ -162,7 +202,8 @@ class _Examination:
     def compare(self, runs: _Runs) -> _Failed | None:
         """Judge parity, and measure the reference's perplexity where it is not known."""
         windows = self._windows(self.request.windows_path)
-        measure = windows is not None and self.perplexity["recovered"] is None
+        key = self._reference_key
+        measure = windows is not None and self.perplexity[key] is None
         wanted = bool(runs.logits) or measure or self._loaded_tasks is not None
         if self.request.reference_factory is None or not wanted:
             return None
@@ -177,8 +218,8 @@ class _Examination:
                 if check.status == "failed" and failed is None:
                     failed = _Failed(case, reference.block_outputs(case.ids, case.attention_mask))
             if windows is not None and measure:
-                self.perplexity["recovered"] = self._perplexity(reference.logits, windows, "reference")
-        self._run_tasks("recovered", reference)
+                self.perplexity[key] = self._perplexity(reference.logits, windows, "reference")
+        self._run_tasks(key, reference)
         del reference
         gc.collect()
         return failed
@@ -192,7 +233,9 @@ class _Examination:
             return
         with self._stage("divergence"):
             try:
-                session = Session(structure.model_path, self.request.provider, extra_outputs=names)
+                session = Session(
+                    structure.model_path, self.request.provider, extra_outputs=names, library=self._library
+                )
                 self.first_divergence = first_divergence(
                     CausalLM(session), failed.case, failed.block_outputs, names, self._tolerance
                 )
@@ -213,7 +256,8 @@ class _Examination:
 
     def judge_perplexity(self) -> None:
         """The two checks on perplexity."""
-        self.checks.append(drift_check(self.perplexity, self._tolerance, self.request.gates))
+        drift = drift_check(self.perplexity, self._tolerance, self.request.gates, self._reference_key)
+        self.checks.append(drift)
         self.checks.append(increase_check(self.perplexity, self.request.gates))
 
     def skip_running(self, why: str) -> None:
@@ -242,7 +286,7 @@ class _Examination:
 
     @property
     def _tolerance(self) -> Tolerance:
-        return TOLERANCES[self.compute_dtype or "float32"]
+        return TOLERANCES[ROUNDED if self._rounds_inputs else self.compute_dtype or "float32"]
 
     def _parity_logits(self, model: CausalLM) -> list[tuple[ParityCase, Floats]]:
         """Each parity case with the ONNX model's logits; what cannot be compared becomes a skipped check."""

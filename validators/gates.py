@@ -10,10 +10,19 @@ from validators.checks import Check, Gates, Tolerance, at_most, skipped
 _UNIT = "relative"
 
 
-def drift_check(perplexity: Mapping[str, float | None], tolerance: Tolerance, gates: Gates) -> Check:
-    """|onnx / recovered - 1| against its limit; an ONNX perplexity that is not finite fails on its own."""
+def drift_check(
+    perplexity: Mapping[str, float | None], tolerance: Tolerance, gates: Gates, reference: str = "recovered"
+) -> Check:
+    """|onnx / reference - 1| against its limit; an ONNX perplexity that is not finite fails on its own.
+
+    Args:
+        perplexity: By ``PERPLEXITY_KEYS``.
+        tolerance: Has the limit that counts without a gate.
+        gates: The user's limits.
+        reference: Which version the file was made of: ``recovered``, or ``quantized``.
+    """
     name = "perplexity-drift"
-    onnx, recovered = perplexity["onnx"], perplexity["recovered"]
+    onnx, recovered = perplexity["onnx"], perplexity[reference]
     if onnx is None:
         return skipped(name, "no evaluation windows were given")
     if not math.isfinite(onnx):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -79,7 +80,9 @@ class Session:
         path: Path,
         provider: str = "auto",
         extra_outputs: Sequence[str] = (),
-        configure: Callable[[Any], None] | None = None,
+        *,
+        library: bool = False,
+        threads: int | None = None,
     ) -> None:
         """Load ``path``.
 
@@ -87,7 +90,8 @@ class Session:
             path: The ``.onnx`` file; its external data lies beside it.
             provider: "auto", or the name of an execution provider, with or without "ExecutionProvider".
             extra_outputs: Values inside the graph that become outputs too.
-            configure: Changes the session options before they are used: threads, libraries of operators.
+            library: Register the operators of blockpress-runtime, which must be there.
+            threads: Threads within an operator; None: ONNX Runtime's own choice.
 
         Raises:
             ValidationError: E-ORT-LOAD: ONNX Runtime refuses the file.
@@ -98,8 +102,10 @@ class Session:
         wanted = choose_provider(provider)
         model: str | bytes = str(path)
         options = _session_options(ort)
-        if configure is not None:
-            configure(options)
+        if library:
+            _runtime().register(options)
+        if threads is not None:
+            options.intra_op_num_threads = threads
         folder = path.absolute().parent if extra_outputs else Path.cwd()
         if extra_outputs:
             model = path.read_bytes() + _outputs_fragment(extra_outputs)
@@ -163,6 +169,26 @@ def import_onnxruntime() -> Any:
             "install it as an extra: pip install 'blockpress[gpu]' (x86) or 'blockpress[cpu]'",
         ) from error
     return onnxruntime
+
+
+def packed_runtime() -> str | None:
+    """Why packed weights cannot be multiplied as they lie here; None where blockpress-runtime works."""
+    try:
+        _runtime().register(_session_options(import_onnxruntime()))
+    except ImportError:
+        return "blockpress-runtime is not installed"
+    except Exception as error:  # its own error, or one of ONNX Runtime's: the library does not load
+        return first_line(error)
+    return None
+
+
+def _runtime() -> Any:
+    """The module of blockpress-runtime; optional, so that it is not imported before it is asked for.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    return importlib.import_module("blockpress_runtime")
 
 
 def installation_notices() -> tuple[str, ...]:

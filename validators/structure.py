@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 
 from exporters.manifest import Manifest
 from exporters.masks import read_masks
+from exporters.packed_read import PackedTensor, has_integer_weights, rounds_inputs
 from exporters.read import OnnxFile, read_model
 from validators.checks import Check
 from validators.errors import ValidationError
@@ -31,6 +32,9 @@ class Structure:
         block_outputs: Name of each decoder block's output value; empty without a manifest.
         stored_dtype: The type that most bytes of floating constants have; None without any.
         watched: The files as they were when the examination began.
+        packed: Whether there are packed weights.
+        quantized: Whether weights are integers times scales.
+        rounds_inputs: Whether the graph rounds what enters products with them.
     """
 
     model_path: Path
@@ -38,6 +42,9 @@ class Structure:
     block_outputs: tuple[str, ...]
     stored_dtype: str | None
     watched: WatchedFiles
+    packed: bool
+    quantized: bool
+    rounds_inputs: bool
 
 
 def examine_structure(request: ValidationRequest, on_progress: OnProgress = ignore) -> Structure:
@@ -75,6 +82,9 @@ def examine_structure(request: ValidationRequest, on_progress: OnProgress = igno
         block_outputs=() if manifest is None else manifest.block_outputs,
         stored_dtype=survey.stored_dtype(),
         watched=watched,
+        packed=any(isinstance(tensor, PackedTensor) for tensor in model.tensors),
+        quantized=has_integer_weights(model.tensors),
+        rounds_inputs=rounds_inputs(model.proto.graph.node),
     )
 
 

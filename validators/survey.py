@@ -56,11 +56,11 @@ class Survey:
             ValidationError: E-MANIFEST-MISMATCH: it has another number of non-zero elements than its row says.
             ExportError: Its values cannot be read.
         """
-        if tensor.dtype not in _FLOATS and tensor.name not in self._rows:
+        if tensor.dtype not in _FLOATS and tensor.name not in self._rows and tensor.encoding != "packed":
             return
         values = tensor.load()
         row = self._rows.get(tensor.name)
-        if tensor.dtype in _FLOATS:
+        if values.dtype.kind not in "iub":  # packed integers come times their scales
             self._bytes_by_dtype[dtype_name(tensor.dtype)] += values.nbytes
             if not _all_finite(values, is_weight=row is not None):
                 self._not_finite.append(tensor.name)

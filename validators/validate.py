@@ -92,7 +92,8 @@ def check_request(request: ValidationRequest) -> None:
                 "give one of the two",
             )
         check_tasks(request.tasks.folder)
-    known = request.known_perplexity.get("recovered") is not None and request.windows_path is not None
+    measured = [request.known_perplexity.get(key) for key in ("recovered", "quantized")]
+    known = request.windows_path is not None and any(value is not None for value in measured)
     sources = (request.reference_factory, request.masks_path, request.manifest_path)
     asked = request.structure_only or request.lm_eval or request.tasks is not None
     if not (known or any(sources) or asked):

@@ -18,6 +18,7 @@ VERSIONS = (
     ("dense", "dense"),
     ("pruned", "pruned only"),
     ("recovered", "recovered"),
+    ("quantized", "quantised"),
     ("onnx", "ONNX Runtime"),
 )
 ONLY_WHEN_ASKED = {
@@ -34,6 +35,7 @@ NOT_SMALLER = (
 )
 
 
+PACKED = "Smaller on disk and in memory: packed weights stay packed. Without the blockpress-runtime library it is slow."
 SMALLER = "Smaller on disk and in memory, and fewer operations: heads and neurons are gone, not set to zero."
 
 
@@ -129,6 +131,8 @@ def _perplexity_table(report: Mapping[str, Any]) -> list[str]:
     lines = [f"{'':<17}{'perplexity':>12}   {'size':>10}"]
     for key, label in VERSIONS:
         value = report["nonfinite"].get(f"/perplexity/{key}") if "nonfinite" in report else None
+        if key == "quantized" and report["perplexity"].get(key) is None and not value:
+            continue
         value = value or _perplexity(report["perplexity"].get(key))
         amount, _, share = sizes.get(key, "").partition("  ")
         lines.append(f"  {label:<15}{value:>12}   {amount:>10}  {share}".rstrip())
@@ -195,5 +199,7 @@ def _load_lines(report: Mapping[str, Any]) -> list[str]:
 def _size_sentence(report: Mapping[str, Any]) -> str:
     if report["sparsity"].get("structured"):
         return SMALLER
+    if "packed" in report["size"].get("by_encoding", {}):
+        return PACKED
     stored_sparse = any(name != "dense" for name in report["size"].get("by_encoding", {}))
     return NOT_FASTER if stored_sparse else NOT_SMALLER

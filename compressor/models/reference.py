@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from compressor.models.checkpoint import Checkpoint, open_checkpoint, open_tokenizer
 from compressor.models.mapped_model import MappedModel
 from compressor.models.quiet import quiet_transformers
+from compressor.quantization.rounding import quantized_linears, rounds_its_inputs
 from exporters.probe import BlockList, find_blocks
+from exporters.quantized import SCALES_NAME, read_quantization
 from validators.reference import Floats, Ids, Reference, position_ids
 
 __all__ = ["TorchReference", "load_reference", "load_tokenizer", "reference_of"]
@@ -86,10 +88,16 @@ def load_reference(folder: str, trust_remote_code: bool = False, device: str = "
 def reference_of(checkpoint: Checkpoint, device: torch.device) -> TorchReference:
     """The checkpoint's model as a reference that has one block in memory at a time, as it runs.
 
+    Where scales lie beside its weights, activations are rounded as the ONNX file of that model rounds them.
+
     Raises:
         InputRefused: It is no model that can be loaded.
     """
     mapped = MappedModel(checkpoint, torch.float32, device)
+    quantization = read_quantization(checkpoint.folder / SCALES_NAME)
+    if quantization is not None and quantization.activation_bits == 8:
+        for module in quantized_linears(mapped.model, quantization.weights):
+            rounds_its_inputs(module)
     return TorchReference(mapped.fill_as_they_run(), device, mapped.blocks)
 
 

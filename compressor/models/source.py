@@ -70,6 +70,14 @@ class BlockSource(Protocol):
         """What is stored of the model besides its blocks, by full name; tied weights share storage."""
         ...
 
+    def ends(self) -> Mapping[str, nn.Module]:
+        """Embedding and head by the full names of their weights; a head that is tied to the embedding is left out."""
+        ...
+
+    def output_module(self) -> nn.Module:
+        """The head, tied or not."""
+        ...
+
     def stored_form(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Tensors by full name, under the names and in the form that checkpoints of this type store."""
         ...
@@ -171,6 +179,20 @@ class LoadedSource:
         """What is stored of the model besides its blocks, by full name; tied weights share storage."""
         prefix = self.blocks_name + "."
         return {name: t for name, t in self._model.state_dict().items() if not name.startswith(prefix)}
+
+    def ends(self) -> Mapping[str, nn.Module]:
+        """Embedding and head by the full names of their weights; a head that is tied to the embedding is left out."""
+        names: dict[int, str] = {}
+        for name, parameter in self._model.named_parameters():
+            names[id(parameter)] = name
+        modules = (self._model.get_output_embeddings(), self._model.get_input_embeddings())
+        by_name = {names[id(module.weight)]: module for module in modules}  # the embedding where they are one
+        return dict(sorted(by_name.items()))
+
+    def output_module(self) -> nn.Module:
+        """The head, tied or not."""
+        module: nn.Module = self._model.get_output_embeddings()
+        return module
 
     def stored_form(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Fused experts as one matrix per expert, which is what checkpoints store; all else as it is."""

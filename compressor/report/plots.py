@@ -12,8 +12,8 @@ from compressor.report.axes import LEGEND, WIDTH, canvas, log_ticks, shortened
 if TYPE_CHECKING:
     from compressor.report.schema import BlockRow, PerplexityFacts, SizeFacts
 
-ENCODING_NAMES = {"dense": "dense", "sparse": "sparse initializer"}
-_ENCODING_COLOURS = {"dense": svg.DENSE, "sparse": svg.ONNX}
+ENCODING_NAMES = {"dense": "dense", "sparse": "sparse initializer", "packed": "packed"}
+_ENCODING_COLOURS = {"dense": svg.DENSE, "sparse": svg.ONNX, "packed": svg.ONNX}
 
 _LOG_FROM = 12.0  # perplexities that lie so many times apart need a logarithmic axis
 _HEAT = (0x2F / 255, 0x7F / 255, 0xD6 / 255)  # its opacity is the sparsity, over the light or the dark page
@@ -30,6 +30,8 @@ def perplexity_plot(perplexity: PerplexityFacts) -> str | None:
         ("recovered", perplexity.recovered, svg.RECOVERED),
         ("ONNX Runtime", perplexity.onnx, svg.ONNX),
     ]
+    if perplexity.quantized is not None:
+        rows.insert(3, ("quantised", perplexity.quantized, svg.SERIES[0]))
     if all(value is None for _, value, _ in rows):
         return None
     drawable = [value for _, value, _ in rows if value is not None and 0 < value < math.inf] or [1.0]

@@ -33,6 +33,11 @@ STATEMENT = (
     "Smaller on disk, not faster: stock ONNX Runtime expands sparse initializers to dense tensors when it "
     "loads the file, so run time and memory in use are those of the dense model."
 )
+PACKED_STATEMENT = (
+    "Smaller on disk and in memory: packed weights stay packed. ONNX Runtime multiplies by them as they lie where the "
+    "blockpress-runtime library is registered; without it, it runs a function in the file that unpacks them in every "
+    "call, which is correct and slow."
+)
 STRUCTURED_STATEMENT = (
     "Smaller on disk and in memory, and fewer operations: heads and neurons are gone, not set to zero, so that "
     "stock ONNX Runtime computes with smaller dense matrices."
@@ -100,13 +105,39 @@ class PerplexityProtocol(_Part):
 
 
 class PerplexityFacts(_Part):
-    """Perplexity of the model's four versions on the same windows; None where it was not measured."""
+    """Perplexity of the model's versions on the same windows; None where it was not measured.
+
+    What sparsity costs stands between ``dense`` and ``recovered``, what int8 or int4 costs between ``recovered`` and
+    ``quantized``; without quantisation that is None.
+    """
 
     dense: float | None = None
     pruned: float | None = None
     recovered: float | None = None
+    quantized: float | None = None
     onnx: float | None = None
     protocol: PerplexityProtocol | None = None
+
+
+class QuantizedBlockRow(_Part):
+    """How much quantisation changed one block's outputs on calibration windows: mean squared, relative to them.
+
+    ``nearest_error`` is that of steps which reach the largest weights; ``searched`` whether better ones were found.
+    """
+
+    index: int
+    error: float | None = None
+    nearest_error: float | None = None
+    searched: bool = False
+
+
+class QuantizationFacts(_Part):
+    """How kept weights were rounded; head and embeddings are int8 with a scale per token."""
+
+    bits: Literal[4, 8]
+    group_size: int
+    activation_bits: Literal[8, 32]
+    blocks: tuple[QuantizedBlockRow, ...] = ()
 
 
 class CalibrationFacts(_Part):
@@ -166,6 +197,7 @@ class TaskRow(_Part):
     higher_is_better: bool | None = None
     onnx: TaskScore | None = None
     recovered: TaskScore | None = None
+    quantized: TaskScore | None = None
 
 
 class EncodingBytes(_Part):
@@ -294,6 +326,7 @@ class Report(_Part):
     calibration: CalibrationFacts | None = None
     validation: ValidationFacts = ValidationFacts()
     tasks: tuple[TaskRow, ...] = ()
+    quantization: QuantizationFacts | None = None
     size: SizeFacts = SizeFacts()
     load: LoadFacts = LoadFacts()
     weights: tuple[WeightRow, ...] = ()

@@ -103,7 +103,7 @@ def _sparsity(report: Report) -> KeyFigure | None:
 
 def _perplexity(report: Report) -> KeyFigure | None:
     facts = report.perplexity
-    versions = (facts.onnx, facts.recovered, facts.pruned)
+    versions = (facts.onnx, facts.quantized, facts.recovered, facts.pruned)
     shipped = next((value for value in versions if value is not None), None)
     if shipped is None:
         return None

@@ -12,6 +12,7 @@ from onnx import TensorProto
 
 from exporters.fragments import dtype_name, tensor_bytes
 from exporters.packed_function import DOMAIN, OPERATOR
+from exporters.packed_read import PackedTensor
 from exporters.read import OnnxFile
 from exporters.stored import SparseTensor, StoredTensor
 
@@ -54,7 +55,7 @@ class Contents:
 def contents_of(model: OnnxFile) -> Contents:
     """What is in ``model``."""
     graph = model.proto.graph
-    constants = {tensor.name: tensor for tensor in model.tensors if tensor.name}
+    constants = {part.name: part for tensor in model.tensors for part in _parts(tensor) if part.name}
     consumers: dict[str, list[tuple[onnx.NodeProto, int]]] = defaultdict(list)
     for node in graph.node:
         for place, name in enumerate(node.input):
@@ -73,6 +74,11 @@ def contents_of(model: OnnxFile) -> Contents:
         data_files=data_files,
         bytes_per_step=_bytes_per_step(constants.values(), consumers),
     )
+
+
+def _parts(tensor: StoredTensor) -> Sequence[StoredTensor]:
+    """What ONNX Runtime has as constants: a packed weight is several."""
+    return tensor.parts if isinstance(tensor, PackedTensor) else (tensor,)
 
 
 def _is_packed(node: onnx.NodeProto) -> bool:

@@ -24,10 +24,10 @@ from validators.causal_lm import CausalLM
 from validators.errors import ValidationError, ValidationResourceError
 from validators.session import (
     Session,
-    first_line,
     import_onnxruntime,
     is_out_of_memory,
     out_of_memory,
+    packed_runtime,
     to_float32,
 )
 from validators.speed.bandwidth import Reader
@@ -69,18 +69,18 @@ class Worker:
             ValidationResourceError: E-BENCH-LIBRARY.
             ValidationError: E-BENCH-NO-CACHE, and what ``Session`` and ``CausalLM`` raise.
         """
-        import_onnxruntime()
-        library = _Library(require_library)
-
-        def configure(options: Any) -> None:
-            options.intra_op_num_threads = threads
-            options.inter_op_num_threads = 1
-            if packed:
-                library.register(options)
-
+        import_onnxruntime()  # before memory is looked at: the module itself is nobody's model
+        lacking = packed_runtime() if packed else None
+        if lacking is not None and require_library:
+            raise ValidationResourceError(
+                "E-BENCH-LIBRARY",
+                f"{Path(path).name}: packed weights need the operator library, and {lacking}",
+                "pip install blockpress-runtime, or leave out --require-library",
+            )
+        library = packed and lacking is None
         gc.collect()
         self._anonymous_before = anonymous_bytes()
-        session = Session(Path(path), "CPU", configure=configure)
+        session = Session(Path(path), "CPU", library=library, threads=threads)
         self._model = CausalLM(session)
         if not self._model.cache:
             raise ValidationError(
@@ -88,7 +88,11 @@ class Worker:
                 f"{Path(path).name}: the graph has no KV cache, so it cannot decode token by token",
                 "export it as text-generation-with-past",
             )
-        return {"load_s": session.load_s, "library": library.version, "notices": list(session.notices)}
+        return {
+            "load_s": session.load_s,
+            "library": _library_version() if library else None,
+            "notices": list(session.notices),
+        }
 
     def turn(self, batch: int, prompt_tokens: int, decode_tokens: int, seed: int) -> dict[str, Any]:
         """Prefill a prompt of random tokens, then decode random tokens one by one; seconds of each.
@@ -141,35 +145,11 @@ class Worker:
         return {}
 
 
-class _Library:
-    """The operator library for packed weights, an optional distribution of its own."""
-
-    def __init__(self, required: bool) -> None:
-        self._required = required
-        self.version: str | None = None  # of the library; None where it is not there
-
-    def register(self, options: Any) -> None:
-        """Give the session its operators where it is installed; without them the file's own function runs.
-
-        Raises:
-            ValidationResourceError: E-BENCH-LIBRARY: it is required, and is not there or does not load.
-        """
-        try:
-            import blockpress_runtime
-
-            blockpress_runtime.register(options)
-        except Exception as error:  # its own errors are known only where it is installed
-            if self._required:
-                raise ValidationResourceError(
-                    "E-BENCH-LIBRARY",
-                    f"the operator library for packed weights cannot be used: {first_line(error)}",
-                    "pip install blockpress-runtime, or leave out --require-library",
-                ) from error
-            return
-        try:
-            self.version = metadata.version("blockpress-runtime")
-        except metadata.PackageNotFoundError:  # run from its source folder
-            self.version = "of unknown version"
+def _library_version() -> str:
+    try:
+        return metadata.version("blockpress-runtime")
+    except metadata.PackageNotFoundError:  # run from its source folder
+        return "of unknown version"
 
 
 def main() -> None:
