@@ -25,6 +25,7 @@ from exporters.manifest import TensorRow
 from exporters.masks import nonzero_mask
 from exporters.packed_function import DOMAIN, DOMAIN_VERSION, fallback_function
 from exporters.packed_nodes import (
+    INT8_MIDDLE,
     MASK,
     OFFSETS,
     SCALES,
@@ -63,12 +64,14 @@ class PackedGraph:
         proto: The graph without the weights.
         weights: The initializers to add: parts of packed weights, integers, and all the others.
         packed: The packed weights by name.
+        shifted: Censuses of the integers that are stored as uint8, by name.
         left: Names of pruned or quantised weights that stayed as they were.
     """
 
     proto: onnx.ModelProto
     weights: list[GraphWeight]
     packed: Mapping[str, PackedWeight]
+    shifted: Mapping[str, TensorCensus]
     left: tuple[str, ...]
 
     def rows(self, written: Sequence[TensorRow], location: str) -> tuple[TensorRow, ...]:
@@ -86,12 +89,22 @@ class PackedGraph:
             elif (scales := by_name.get(f"{row.name}{SCALES}")) is not None:
                 more = scales.stored_bytes
                 sizes = {kind: size + more for kind, size in row.bytes_by_encoding.items()}
-                rows.append(
-                    dataclasses.replace(row, bytes_by_encoding=sizes, stored_bytes=row.stored_bytes + more)
+                whole = dataclasses.replace(
+                    row, bytes_by_encoding=sizes, stored_bytes=row.stored_bytes + more
                 )
+                rows.append(self._integer_row(whole))
             else:
                 rows.append(row)
         return tuple(rows)
+
+    def _integer_row(self, row: TensorRow) -> TensorRow:
+        """The row of a weight that was written as uint8, as the integers that it stands for."""
+        census = self.shifted.get(row.name)
+        if census is None:
+            return row
+        return dataclasses.replace(
+            row, dtype=dtype_name(census.dtype), nnz=census.nnz, mask_sha256=census.mask_sha256
+        )
 
     def _packed_row(self, name: str, by_name: Mapping[str, TensorRow], location: str) -> TensorRow:
         weight = self.packed[name]
@@ -160,6 +173,7 @@ class _Packing:
         self._replaced: dict[int, list[onnx.NodeProto]] = {}  # by id of the node that they stand for
         self._weights: list[GraphWeight] = []
         self._packed: dict[str, PackedWeight] = {}
+        self._shifted: dict[str, TensorCensus] = {}
         self._left: list[str] = []
         self._cache = _LastPacked()
         self._float_type = TensorProto.FLOAT
@@ -204,7 +218,7 @@ class _Packing:
             self._proto.functions.append(
                 fallback_function(int4=int4, group_size=group_size, activation_bits=self._bits, opset=opset)
             )
-        return PackedGraph(self._proto, self._weights, self._packed, tuple(self._left))
+        return PackedGraph(self._proto, self._weights, self._packed, self._shifted, tuple(self._left))
 
     def _uses(self, weight: GraphWeight) -> tuple[list[Product], list[Lookup], _Between]:
         """Products with the weight and look-ups in it; both empty where it is used otherwise as well."""
@@ -314,15 +328,20 @@ class _Packing:
 
         def load() -> NDArray[np.generic]:
             q = _integers(_matrix(weight, rows_first), quantized, weight.name)
-            return np.ascontiguousarray(q.T) if products else q
+            return (
+                (np.ascontiguousarray(q.T).astype(np.int16) + INT8_MIDDLE).astype(np.uint8) if products else q
+            )
 
+        if products:
+            kept = load() != INT8_MIDDLE
+            self._shifted[weight.name] = census_of_mask(weight.name, _INT8_TYPE, kept)
         shape = weight.shape[::-1] if store_swapped else weight.shape
         self._weights.append(
             GraphWeight(
                 weight.name,
                 weight.parameter,
                 shape,
-                _INT8_TYPE,
+                int(TensorProto.UINT8) if products else _INT8_TYPE,
                 weight.transposed != store_swapped,
                 load,
             )

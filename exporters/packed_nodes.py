@@ -15,7 +15,10 @@ from exporters.packing import FORMAT_VERSION
 MASK, VALUES, OFFSETS, SCALES = ".mask", ".values", ".offsets", ".scales"
 NO_SCALES, NO_BIAS = "packed/no_scales", "packed/no_bias"
 _PREFIX = "packed/"
-_INT8_MIDDLE = 128  # what uint8 activations have for zero: ONNX Runtime multiplies uint8 by int8 fastest
+# Integers that standard operators multiply are stored as uint8, 128 more than they are, and so are the activations:
+# of uint8 by int8, ONNX Runtime's sums saturate on processors without VNNI, and int8 by int8 is thirty times slower.
+INT8_MIDDLE = 128
+MIDDLE_UINT8 = "packed/middle_uint8"
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ def shared_constants() -> list[TensorProto]:
         f"{_PREFIX}zero": np.array(0, np.float32),
         f"{_PREFIX}one": np.array(1, np.float32),
         f"{_PREFIX}largest_int8": np.array(127, np.float32),
-        f"{_PREFIX}middle": np.array(_INT8_MIDDLE, np.float32),
-        f"{_PREFIX}middle_uint8": np.array(_INT8_MIDDLE, np.uint8),
+        f"{_PREFIX}middle": np.array(INT8_MIDDLE, np.float32),
+        MIDDLE_UINT8: np.array(INT8_MIDDLE, np.uint8),
     }
     return [numpy_helper.from_array(array, name) for name, array in constants.items()]
 
@@ -112,7 +115,7 @@ def packed_product(
 
 
 def int8_product(product: Product, weight: str, activation_bits: int) -> list[NodeProto]:
-    """A product with an int8 matrix (K, N) whose columns have a scale each, in standard operators.
+    """A product with a matrix (K, N) of integers, stored as uint8, whose columns have a scale each.
 
     With 8 activation bits the input is rounded as the format says, so that an int8 kernel multiplies; with 32
     the matrix is dequantised.
@@ -131,14 +134,15 @@ def int8_product(product: Product, weight: str, activation_bits: int) -> list[No
             _node("Round", [f"{at}/steps"], f"{at}/rounded"),
             _node("Add", [f"{at}/rounded", f"{_PREFIX}middle"], f"{at}/shifted"),
             _node("Cast", [f"{at}/shifted"], f"{at}/uint8", to=TensorProto.UINT8),
-            _node("MatMulInteger", [f"{at}/uint8", weight, f"{_PREFIX}middle_uint8"], f"{at}/int32"),
+            _node("MatMulInteger", [f"{at}/uint8", weight, MIDDLE_UINT8, MIDDLE_UINT8], f"{at}/int32"),
             _node("Cast", [f"{at}/int32"], f"{at}/float32", to=TensorProto.FLOAT),
             _node("Mul", [f"{at}/float32", f"{at}/step"], f"{at}/in_steps"),
             _node("Mul", [f"{at}/in_steps", scales], unbiased),
         ]
     else:
         nodes = [
-            _node("Cast", [weight], f"{at}/weight_float32", to=TensorProto.FLOAT),
+            _node("Cast", [weight], f"{at}/weight_shifted", to=TensorProto.FLOAT),
+            _node("Sub", [f"{at}/weight_shifted", f"{_PREFIX}middle"], f"{at}/weight_float32"),
             _node("MatMul", [product.x, f"{at}/weight_float32"], f"{at}/unscaled"),
             _node("Mul", [f"{at}/unscaled", scales], unbiased),
         ]
@@ -152,7 +156,7 @@ def int8_lookup(lookup: Lookup, weight: str, *, columns_first: bool) -> list[Nod
 
     Args:
         lookup: What it replaces; the ids are (batch, tokens).
-        weight: Name of the int8 matrix: (V, D), or (D, V) where it is a head's too.
+        weight: Name of the matrix: int8 (V, D), or (D, V) and stored as uint8 where it is a head's too.
         columns_first: Whether it is (D, V).
     """
     at = lookup.name
@@ -161,12 +165,16 @@ def int8_lookup(lookup: Lookup, weight: str, *, columns_first: bool) -> list[Nod
         rows = [
             _node("Gather", [weight, lookup.ids], f"{at}/columns", axis=1),
             _node("Transpose", [f"{at}/columns"], f"{at}/rows", perm=[1, 2, 0]),
+            _node("Cast", [f"{at}/rows"], f"{at}/rows_shifted", to=TensorProto.FLOAT),
+            _node("Sub", [f"{at}/rows_shifted", f"{_PREFIX}middle"], f"{at}/rows_float32"),
         ]
     else:
-        rows = [_node("Gather", [weight, lookup.ids], f"{at}/rows", axis=0)]
+        rows = [
+            _node("Gather", [weight, lookup.ids], f"{at}/rows", axis=0),
+            _node("Cast", [f"{at}/rows"], f"{at}/rows_float32", to=TensorProto.FLOAT),
+        ]
     return [
         *rows,
-        _node("Cast", [f"{at}/rows"], f"{at}/rows_float32", to=TensorProto.FLOAT),
         _node("Gather", [f"{weight}{SCALES}", lookup.ids], f"{at}/row_scales", axis=0),
         _node("Unsqueeze", [f"{at}/row_scales", last], f"{at}/row_scale"),
         _node("Mul", [f"{at}/rows_float32", f"{at}/row_scale"], lookup.output),

@@ -201,5 +201,5 @@ def _int4_bytes(q: NDArray[np.generic], kept: BoolArray) -> tuple[NDArray[np.uin
     places, halves = _int4_places(kept)
     nibbles = np.full((int(counts.sum()), 2), 8, np.uint8)
     nibbles[places, halves] = (q[kept].astype(np.int16) + 8).astype(np.uint8)
-    octets: NDArray[np.uint8] = nibbles[:, 0] | nibbles[:, 1] << 4
+    octets = np.asarray(nibbles[:, 0] | nibbles[:, 1] << 4, np.uint8)
     return octets, np.asarray(counts.sum(axis=1), np.int64)
