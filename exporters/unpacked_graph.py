@@ -20,8 +20,10 @@ from exporters.packed_nodes import MASK, SCALES
 from exporters.stored import StoredTensor
 
 _ROUNDING = ("Cast", "Add", "Round", "Div")  # from an integer product's input back to what was rounded
-_RESCALING = (("Cast", "Mul", "Mul"), ("MatMul", "Mul"))  # from an integer matrix's use to the result
-_LOOKING_UP = (("Cast", "Mul"), ("Transpose", "Cast", "Mul"))
+# From the first use of an integer matrix to the result.
+_INTEGER_PRODUCT = ("Cast", "Mul", "Mul")
+_FLOAT_PRODUCT = ("Sub", "MatMul", "Mul")
+_LOOKING_UP = (("Cast", "Mul"), ("Transpose", "Cast", "Sub", "Mul"))
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,11 @@ class _Unpacking:
         """Replace a product by an int8 matrix (K, N); ``node`` multiplies by it, or casts it first."""
         integer = node.op_type == "MatMulInteger"
         weight = self._scaled(node, 1 if integer else 0)
-        last = self._down(node, _RESCALING[0] if integer else _RESCALING[1])
+        last = self._down(node, _INTEGER_PRODUCT if integer else _FLOAT_PRODUCT)
         if weight is None or last is None or f"{weight.name}{SCALES}" not in last.input:
             return
-        x = self._up(node.input[0]) if integer else self._consumers[node.output[0]][0].input[0]
+        product = self._down(node, _FLOAT_PRODUCT[:-1])
+        x = self._up(node.input[0]) if product is None else product.input[0]
         if x is None:
             return
         nodes, name = [], f"{weight.name}.float32"

@@ -101,7 +101,7 @@ def language_model(path: Path, *, activation_bits: int | None = None, cache: boo
             "inner.values": packed.values,
             "inner.offsets": packed.offsets,
             "inner.scales": np.full((WIDTH, 1), 0.5, np.float32),
-            "table": np.ascontiguousarray(table.T).astype(np.int8),
+            "table": (np.ascontiguousarray(table.T) + 128).astype(np.uint8),
             "table.scales": np.full(VOCABULARY, 0.25, np.float32),
         }
         look_up = int8_lookup(Lookup(onnx.NodeProto(), ids, rows, "embed"), "table", columns_first=True)
