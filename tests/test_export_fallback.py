@@ -1,0 +1,103 @@
+"""The operator of packed weights as a function in standard operators, in stock ONNX Runtime."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from packed_samples import RUNTIME, expected, product_model, sample
+
+CASES = [
+    ("float32", 0, 32),
+    ("float16", 0, 32),
+    ("bfloat16", 0, 32),
+    ("int8", 0, 8),
+    ("int8", 128, 32),
+    ("int4", 64, 8),
+    ("int4", 64, 32),
+]
+
+# A child process, so that its peak is that of the product.
+_PEAK = """
+import resource, sys
+import numpy as np, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+x = np.ones((1, 1024), np.float32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+session.run(None, {"x": x})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
+    onnx.checker.check_model(model)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return np.asarray(session.run(None, {"x": x})[0])
+
+
+@pytest.mark.parametrize(("kind", "group_size", "activation_bits"), CASES)
+def test_fallback_computes_what_the_format_says(kind: str, group_size: int, activation_bits: int) -> None:
+    """Every value type, grouped and not, with inputs rounded and not, gives x Wᵀ + bias; a row of zeros too."""
+    made = sample(37, 200, kind, group_size)
+    x = np.random.default_rng(1).normal(size=(2, 3, 200)).astype(np.float32)
+    x[1, 2] = 0
+    y = run(product_model(made, activation_bits, leading=2), x)
+    np.testing.assert_allclose(y, expected(made, x, activation_bits), atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(70,), (0, 70), (3, 0, 70), (2, 1, 5, 70)])
+def test_fallback_takes_any_leading_axes(shape: tuple[int, ...]) -> None:
+    """None, several, and empty ones; opset 23 runs the same function."""
+    made = sample(17, 70, "int4", 64)
+    x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    y = run(product_model(made, 8, opset=23, leading=len(shape) - 1), x)
+    assert y.shape == (*shape[:-1], 17)
+    np.testing.assert_allclose(y, expected(made, x, 8) if x.size else np.empty(y.shape), atol=2e-5)
+
+
+def test_fallback_lets_no_nan_pass_for_a_number() -> None:
+    """A row with a NaN or an infinity gives NaN everywhere, the rows beside it their numbers."""
+    made = sample(9, 64, "int8")
+    x = np.random.default_rng(1).normal(size=(3, 64)).astype(np.float32)
+    x[0, 5], x[2, 6] = np.nan, np.inf
+    y = run(product_model(made, 8, leading=1), x)
+    assert np.isnan(y[[0, 2]]).all()
+    np.testing.assert_allclose(y[1], expected(made, x[1:2], 8)[0], atol=2e-5)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource is of POSIX")
+def test_fallback_unpacks_strip_by_strip(tmp_path: Path) -> None:
+    """The product with a matrix of 64 MiB in float32 takes less memory than that matrix."""
+    pytest.importorskip("resource")
+    path = tmp_path / "product.onnx"
+    onnx.save(product_model(sample(2 * 8192, 1024, "int8"), 8, leading=1), path)
+    child = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(path)], capture_output=True, text=True, check=True
+    )
+    kib = int(child.stdout) // (1024 if sys.platform == "darwin" else 1)
+    assert kib < 48 * 1024
+
+
+@pytest.mark.skipif(not any(RUNTIME.glob("*blockpress_runtime.*")), reason="the library is not built")
+def test_library_takes_the_place_of_the_fallback() -> None:
+    """Registered, the operator runs and not the function: one that rounds the inputs, here, against the attribute."""
+    made = sample(37, 200, "int8")
+    model = product_model(made, 32, leading=1)
+    model.functions[0].CopyFrom(product_model(made, 8, leading=1).functions[0])
+    x = np.random.default_rng(1).normal(size=(3, 200)).astype(np.float32)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(next(RUNTIME.glob("*blockpress_runtime.*"))))
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], expected(made, x, 32), atol=2e-5)
+    np.testing.assert_allclose(run(model, x), expected(made, x, 8), atol=2e-5)
