@@ -21,7 +21,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from memory import llama_config, write_model
+from random_model import llama_config, write_model
 
 from compressor import compress, read_recipe
 from compressor.pass_state import PassState

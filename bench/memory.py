@@ -12,7 +12,6 @@ the same for all depths; the end-to-end finish, which holds the whole model, is 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,13 +22,11 @@ from pathlib import Path
 
 import click
 import psutil
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import LlamaConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-TOKENIZER_FROM = ROOT / "examples" / "tiny-llm"
+sys.path.insert(0, str(Path(__file__).parent))
+
+from random_model import ROOT, llama_config, write_model
+
 SAMPLE_S = 0.05
 MIB = 2**20
 
@@ -53,67 +50,6 @@ class Row:
     child: Peak
     seconds: float
     passed: bool | None
-
-
-def llama_config(layers: int, hidden: int, dtype: str) -> LlamaConfig:
-    """A Llama with an untied head and the example's vocabulary."""
-    vocabulary = json.loads((TOKENIZER_FROM / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        max_position_embeddings=512,
-        dtype=dtype,
-        architectures=["LlamaForCausalLM"],
-    )
-
-
-def write_model(folder: Path, config: LlamaConfig) -> int:
-    """Write a random model shard by shard; the bytes of its weights."""
-    dtype, generator = (
-        getattr(torch, str(config.dtype).removeprefix("torch.")),
-        torch.Generator().manual_seed(0),
-    )
-    weight_map: dict[str, str] = {}
-    size = 0
-
-    def matrix(rows: int, columns: int) -> Tensor:
-        return (torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype)
-
-    def shard(number: int, tensors: dict[str, Tensor]) -> None:
-        nonlocal size
-        name = f"model-{number:05d}.safetensors"
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
-        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-    h, m, ones = config.hidden_size, config.intermediate_size, torch.ones(config.hidden_size, dtype=dtype)
-    shapes = {"self_attn.q_proj": (h, h), "self_attn.k_proj": (h, h), "self_attn.v_proj": (h, h)}
-    shapes |= {
-        "self_attn.o_proj": (h, h),
-        "mlp.gate_proj": (m, h),
-        "mlp.up_proj": (m, h),
-        "mlp.down_proj": (h, m),
-    }
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        tensors = {f"{prefix}{name}.weight": matrix(*shape) for name, shape in shapes.items()}
-        tensors |= {
-            f"{prefix}{name}.weight": ones for name in ("input_layernorm", "post_attention_layernorm")
-        }
-        shard(layer + 1, {name: tensor.clone() for name, tensor in tensors.items()})
-    vocabulary = config.vocab_size
-    rest = {"model.embed_tokens.weight": matrix(vocabulary, h), "lm_head.weight": matrix(vocabulary, h)}
-    shard(0, {**rest, "model.norm.weight": ones.clone()})
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    config.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TOKENIZER_FROM / name, folder / name)
-    return size
 
 
 def run_command(model: Path, out: Path, validate: bool) -> tuple[Peak, Peak, float]:

@@ -19,7 +19,7 @@ from compressor.errors import UsageError
 from compressor.evaluation import Evaluation, evaluation_of, window_length
 from compressor.linears import IgnoreRules
 from compressor.models.source import BlockSource
-from compressor.models.writer import BlockWriter
+from compressor.models.writer import BlockWriter, CheckpointWriter
 from compressor.opening import OpenModel
 from compressor.pass_state import PassState
 from compressor.progress import Notice, Progress, RunStarted, TextReady

@@ -59,7 +59,7 @@ def test_cli_module_is_the_command() -> None:
     )
     assert ended.returncode == 2
     assert ended.stderr.splitlines() == [
-        "E-USAGE  no command 'rnu'; there are run, compare, validate, export, inspect",
+        "E-USAGE  no command 'rnu'; there are run, compare, validate, export, inspect, bench",
         "  do this: see compress --help",
     ]
 

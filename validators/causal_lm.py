@@ -98,6 +98,17 @@ class CausalLM:
             past = {slot.past.name: values[slot.present] for slot in self.cache if stop < length}
         return {name: np.concatenate(rows, axis=1) for name, rows in parts.items()}
 
+    def step(self, ids: Ids, attention_mask: Ids, past: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """One run of the graph as a server makes it: the logits, not converted, and the cache with these tokens.
+
+        Args:
+            ids: (B, new tokens) int64.
+            attention_mask: (B, past + new tokens) int64.
+            past: The cache that the last step left; empty at the start.
+        """
+        values = self._call(ids, attention_mask, past, ["logits"], keep_cache=True)
+        return values["logits"], {slot.past.name: values[slot.present] for slot in self.cache}
+
     def _call(
         self, ids: Ids, mask: Ids, past: dict[str, Any], outputs: Sequence[str], *, keep_cache: bool
     ) -> dict[str, Any]:

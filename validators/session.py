@@ -1,4 +1,7 @@
-"""ONNX Runtime sessions: which provider runs and what loading costs. The only importer of onnxruntime."""
+"""ONNX Runtime sessions: which provider runs and what loading costs.
+
+The only importer of onnxruntime but for ``speed.quantised``, which needs its tools and no session.
+"""
 
 from __future__ import annotations
 
@@ -80,6 +83,7 @@ class Session:
         graph: bytes | None = None,
         *,
         library: bool = False,
+        threads: int | None = None,
     ) -> None:
         """Load ``path``.
 
@@ -89,6 +93,7 @@ class Session:
             extra_outputs: Values inside the graph that become outputs too.
             graph: A serialized part of the file, without external data, that is loaded in its place.
             library: Register the operators of blockpress-runtime, which must be there.
+            threads: Threads within an operator; None: ONNX Runtime's own choice.
 
         Raises:
             ValidationError: E-ORT-LOAD: ONNX Runtime refuses the file.
@@ -101,6 +106,8 @@ class Session:
         options = _session_options(ort)
         if library:
             _runtime().register(options)
+        if threads is not None:
+            options.intra_op_num_threads = threads
         folder = path.absolute().parent if extra_outputs else Path.cwd()
         if extra_outputs:
             model = path.read_bytes() + _outputs_fragment(extra_outputs)

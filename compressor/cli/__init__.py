@@ -11,7 +11,7 @@ import click
 
 from compressor.cli.packages import misplaced_package, shadowed_text
 
-COMMANDS = ("run", "compare", "validate", "export", "inspect")
+COMMANDS = ("run", "compare", "validate", "export", "inspect", "bench")
 
 
 def one_dash(token: str) -> str:

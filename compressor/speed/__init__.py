@@ -1,0 +1,1 @@
+"""What ``compress bench`` shows: tables, drawings and a page of measured speeds."""

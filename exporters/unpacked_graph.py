@@ -1,0 +1,204 @@
+"""The inverse of ``packed_graph``: packed and integer weights as plain float32 matrices in plain products.
+
+What another tool quantised is left as it is: only the shapes that ``packed_nodes`` makes are known here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, helper
+
+from exporters.packed_function import DOMAIN, OPERATOR
+from exporters.packed_nodes import MASK, SCALES
+from exporters.stored import StoredTensor
+
+_ROUNDING = ("Cast", "Add", "Round", "Div")  # from an integer product's input back to what was rounded
+# From the first use of an integer matrix to the result.
+_INTEGER_PRODUCT = ("Cast", "Mul", "Mul")
+_FLOAT_PRODUCT = ("Sub", "MatMul", "Mul")
+_LOOKING_UP = (("Cast", "Mul"), ("Transpose", "Cast", "Sub", "Mul"))
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A weight of a dense graph, made from what is stored when it is asked for."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: int
+    load: Callable[[], NDArray[np.generic]]
+    transposed: bool = False
+
+
+def unpack_graph(proto: onnx.ModelProto, stored: Mapping[str, StoredTensor]) -> dict[str, DenseWeight]:
+    """Make plain products of all packed and integer ones, and return the weights that they need, by name.
+
+    Args:
+        proto: The graph; changed. The old initializers are no longer used in it.
+        stored: The initializers of the file.
+
+    Raises:
+        ExportError: E-ONNX-*: the file does not hold a bias. Loading a weight may raise the same.
+    """
+    work = _Unpacking(proto.graph, stored)
+    for node in proto.graph.node:
+        if (node.domain, node.op_type) == (DOMAIN, OPERATOR) and node.output:
+            work.unpack(node)
+        elif node.op_type in ("MatMulInteger", "Cast"):
+            work.widen_product(node)
+        elif node.op_type == "Gather":
+            work.widen_lookup(node)
+    nodes = [new for node in proto.graph.node for new in work.replaced.get(id(node), [node])]
+    nodes = [NodeProto.FromString(node.SerializeToString()) for node in _used(nodes, proto.graph)]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    for entries in (proto.functions, proto.opset_import):
+        for entry in [entry for entry in entries if entry.domain == DOMAIN]:
+            entries.remove(entry)
+    return work.weights
+
+
+class _Unpacking:
+    """The nodes that take another's place, and the weights that they use."""
+
+    def __init__(self, graph: onnx.GraphProto, stored: Mapping[str, StoredTensor]) -> None:
+        self._stored = stored
+        self._producers = {output: node for node in graph.node for output in node.output}
+        self._consumers: dict[str, list[NodeProto]] = defaultdict(list)
+        for node in graph.node:
+            for name in node.input:
+                self._consumers[name].append(node)
+        self.replaced: dict[int, list[NodeProto]] = {}  # by id of the node whose place they take
+        self.weights: dict[str, DenseWeight] = {}
+
+    def unpack(self, node: NodeProto) -> None:
+        """Replace a product by a packed weight."""
+        weight = node.input[1].removesuffix(MASK)
+        tensor = self._stored[weight]
+        self._add(weight, tensor.shape[::-1], partial(_transposed, tensor))
+        output, bias = node.output[0], node.input[5]
+        if bias in self._stored and not self._stored[bias].load().any():
+            self.replaced[id(node)] = [_node("MatMul", [node.input[0], weight], output, node.name)]
+            return
+        product = f"{output}.unbiased"
+        self.replaced[id(node)] = [
+            _node("MatMul", [node.input[0], weight], product, node.name),
+            _node("Add", [product, bias], output, f"{node.name}/bias"),
+        ]
+
+    def widen_product(self, node: NodeProto) -> None:
+        """Replace a product by an int8 matrix (K, N); ``node`` multiplies by it, or casts it first."""
+        integer = node.op_type == "MatMulInteger"
+        weight = self._scaled(node, 1 if integer else 0)
+        last = self._down(node, _INTEGER_PRODUCT if integer else _FLOAT_PRODUCT)
+        if weight is None or last is None or f"{weight.name}{SCALES}" not in last.input:
+            return
+        product = self._down(node, _FLOAT_PRODUCT[:-1])
+        x = self._up(node.input[0]) if product is None else product.input[0]
+        if x is None:
+            return
+        nodes, name = [], f"{weight.name}.float32"
+        if any(user.op_type == "Gather" for user in self._consumers[weight.name]):
+            # A head that shares its matrix with the embeddings: one table, as in a model that was never quantised.
+            table = self._table(weight, columns_first=True)
+            nodes.append(helper.make_node("Transpose", [table], [name], perm=[1, 0]))
+        else:
+            self._add(name, weight.shape, partial(_scaled_matrix, weight, self._scales(weight), 1))
+        self.replaced[id(last)] = [*nodes, _node("MatMul", [x, name], last.output[0], last.name)]
+
+    def widen_lookup(self, node: NodeProto) -> None:
+        """Replace a look-up of rows in an int8 table, whose rows may be its columns."""
+        weight = self._scaled(node, 0)
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+        last = self._down(node, _LOOKING_UP[axis]) if axis in (0, 1) else None
+        if weight is None or last is None:
+            return
+        table = self._table(weight, columns_first=axis == 1)
+        self.replaced[id(last)] = [_node("Gather", [table, node.input[1]], last.output[0], last.name)]
+
+    def _scaled(self, node: NodeProto, place: int) -> StoredTensor | None:
+        """The node's int8 matrix with scales beside it, if it has one at ``place``."""
+        weight = self._stored.get(node.input[place]) if len(node.input) > place and node.output else None
+        if weight is None or weight.dtype != TensorProto.INT8 or len(weight.shape) != 2:
+            return None
+        return weight if f"{weight.name}{SCALES}" in self._stored else None
+
+    def _scales(self, weight: StoredTensor) -> StoredTensor:
+        return self._stored[f"{weight.name}{SCALES}"]
+
+    def _table(self, weight: StoredTensor, *, columns_first: bool) -> str:
+        """The name of the float32 table, (rows, width), of an int8 one that is (width, rows) if ``columns_first``."""
+        shape = weight.shape[::-1] if columns_first else weight.shape
+        load = partial(
+            _scaled_matrix, weight, self._scales(weight), int(columns_first), transposed=columns_first
+        )
+        return self._add(f"{weight.name}.table", shape, load)
+
+    def _add(self, name: str, shape: tuple[int, ...], load: Callable[[], NDArray[np.float32]]) -> str:
+        self.weights[name] = DenseWeight(name, shape, TensorProto.FLOAT, load)
+        return name
+
+    def _down(self, node: NodeProto, operators: Sequence[str]) -> NodeProto | None:
+        """The last of the nodes that follow one another from ``node`` on, if they have these operators."""
+        for operator in operators:
+            users = self._consumers[node.output[0]] if node.output else []
+            if len(users) != 1 or users[0].op_type != operator or not users[0].output:
+                return None
+            node = users[0]
+        return node
+
+    def _up(self, name: str) -> str | None:
+        """The value that was rounded to ``name``."""
+        for operator in _ROUNDING:
+            node = self._producers.get(name)
+            if node is None or node.op_type != operator or not node.input:
+                return None
+            name = node.input[0]
+        return name
+
+
+def _transposed(tensor: StoredTensor) -> NDArray[np.float32]:
+    """The matrix of a packed weight as (inputs, outputs)."""
+    return np.ascontiguousarray(tensor.load().astype(np.float32).T)
+
+
+def _scaled_matrix(
+    weight: StoredTensor, scales: StoredTensor, axis: int, *, transposed: bool = False
+) -> NDArray[np.float32]:
+    """The int8 matrix times its scales, one for each place of ``axis``."""
+    steps = np.expand_dims(scales.load().astype(np.float32).reshape(-1), 1 - axis)
+    matrix = weight.load().astype(np.float32) * steps
+    return np.ascontiguousarray(matrix.T) if transposed else matrix
+
+
+def _used(nodes: Sequence[NodeProto], graph: onnx.GraphProto) -> list[NodeProto]:
+    """The nodes without those of which nothing is used: what led to a replaced one."""
+    wanted, kept = {value.name for value in graph.output}, []
+    for node in reversed(nodes):
+        if wanted.intersection(node.output):
+            kept.append(node)
+            wanted.update(node.input)
+            wanted.update(_inner_inputs(node))
+    return kept[::-1]
+
+
+def _inner_inputs(node: NodeProto) -> set[str]:
+    """What the graphs inside of a node read."""
+    found: set[str] = set()
+    for attribute in node.attribute:
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            for inner in graph.node:
+                found.update(inner.input, _inner_inputs(inner))
+    return found
+
+
+def _node(operator: str, inputs: Sequence[str], output: str, name: str) -> NodeProto:
+    node: NodeProto = helper.make_node(operator, inputs, [output], name=name)
+    return node

@@ -1,0 +1,175 @@
+"""What a model file holds that decides its speed: in which form its weights are, and how many bytes a token reads."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto
+
+from exporters.fragments import dtype_name, tensor_bytes
+from exporters.packed_function import DOMAIN, OPERATOR
+from exporters.packed_read import PackedTensor
+from exporters.read import OnnxFile
+from exporters.stored import SparseTensor, StoredTensor
+
+_INTEGER_PRODUCTS = {"MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearMatMul"}
+_FLOAT_PRODUCTS = {"MatMul", "Gemm"}
+_SAME_WEIGHT = {"Cast", "Transpose", "Identity"}  # folded when ONNX Runtime loads the file
+_LOOK_UPS = {"Gather", "GatherND", "GatherBlockQuantized"}
+
+Consumers = Mapping[str, list[tuple[onnx.NodeProto, int]]]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A model file, without its weights.
+
+    Attributes:
+        path: The ``.onnx`` file.
+        form: How most of its weights are stored, which names it: "sparse-int8" (packed), "sparse-initializers",
+            "dense-float32", "dense-int4".
+        packed_products: Products with packed weights: they need the operator library.
+        products: Products with a stored matrix, in whichever form.
+        float_products: Those of them whose operator is that of floating-point numbers.
+        file_bytes: Of the file and its external data.
+        data_files: The external data.
+        bytes_per_step: Bytes of weights that ONNX Runtime reads for one step of decoding, whatever the batch:
+            every matrix once, of an embedding a row. Caches are not in it. None for a mixture of experts, where it
+            depends on the tokens.
+    """
+
+    path: Path
+    form: str
+    packed_products: int
+    products: int
+    float_products: int
+    file_bytes: int
+    data_files: tuple[Path, ...]
+    bytes_per_step: int | None
+
+
+def contents_of(model: OnnxFile) -> Contents:
+    """What is in ``model``."""
+    graph = model.proto.graph
+    constants = {part.name: part for tensor in model.tensors for part in _parts(tensor) if part.name}
+    consumers: dict[str, list[tuple[onnx.NodeProto, int]]] = defaultdict(list)
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            consumers[name].append((node, place))
+    data_files = tuple(sorted({path for tensor in model.tensors for path in tensor.data_files}))
+    packed = [node for node in graph.node if _is_packed(node)]
+    makers = {name: node for node in graph.node if node.op_type in _SAME_WEIGHT for name in node.output}
+    products = [node for node in graph.node if _has_weight(node, constants, makers)]
+    return Contents(
+        path=model.path,
+        form=_form(graph.node, constants),
+        packed_products=len(packed),
+        products=len(products),
+        float_products=sum(node.op_type in _FLOAT_PRODUCTS for node in products),
+        file_bytes=sum(path.stat().st_size for path in (model.path, *data_files)),
+        data_files=data_files,
+        bytes_per_step=_bytes_per_step(constants.values(), consumers),
+    )
+
+
+def _parts(tensor: StoredTensor) -> Sequence[StoredTensor]:
+    """What ONNX Runtime has as constants: a packed weight is several."""
+    return tensor.parts if isinstance(tensor, PackedTensor) else (tensor,)
+
+
+def _is_packed(node: onnx.NodeProto) -> bool:
+    return bool(node.domain == DOMAIN and node.op_type == OPERATOR)
+
+
+def _form(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, StoredTensor]) -> str:
+    """The form that most bytes of weights have, as a name."""
+    stored: Counter[str] = Counter()
+    told: set[str] = set()
+    for node in nodes:
+        for place, form in _told_by(node, constants):
+            if node.input[place] in constants:
+                told.add(node.input[place])
+                stored[form] += constants[node.input[place]].stored_bytes
+    for name, tensor in constants.items():
+        if name not in told and sum(side > 1 for side in tensor.shape) >= 2:
+            sparse = isinstance(tensor, SparseTensor)
+            stored["sparse-initializers" if sparse else f"dense-{dtype_name(tensor.dtype)}"] += (
+                tensor.stored_bytes
+            )
+    # What was done on purpose names a model, though its largest tensor may be an embedding that was left alone.
+    for mark in ("sparse-int", "sparse-float", "sparse-bfloat", "sparse-", "dense-int", "dense-"):
+        ranked = [(size, form) for form, size in stored.items() if form.startswith(mark)]
+        if ranked:
+            return max(ranked)[1]
+    return "dense"
+
+
+def _told_by(node: onnx.NodeProto, constants: Mapping[str, StoredTensor]) -> list[tuple[int, str]]:
+    """Inputs of a node whose operator says what form they have."""
+    if _is_packed(node) and len(node.input) > 2:
+        values = constants.get(node.input[2])
+        kind = "int4" if values is None or values.dtype == TensorProto.UINT8 else dtype_name(values.dtype)
+        return [(1, f"sparse-{kind}"), (2, f"sparse-{kind}")]
+    if node.op_type == "MatMulNBits":
+        bits = next((attribute.i for attribute in node.attribute if attribute.name == "bits"), 4)
+        return [(1, f"dense-int{bits}")]
+    if node.op_type in _INTEGER_PRODUCTS:
+        return [(place, "dense-int8") for place in range(1, len(node.input)) if place in (1, 3)]
+    return []
+
+
+def _has_weight(
+    node: onnx.NodeProto, constants: Mapping[str, StoredTensor], makers: Mapping[str, onnx.NodeProto]
+) -> bool:
+    """Whether the node multiplies by a constant matrix, which may be cast or transposed first."""
+    if _is_packed(node) or node.op_type == "MatMulNBits":
+        return True
+    if node.op_type not in _FLOAT_PRODUCTS | _INTEGER_PRODUCTS:
+        return False
+    for name in node.input[1:]:
+        passed: set[str] = set()
+        while name in makers and name not in passed:  # a broken graph may have cycles
+            passed.add(name)
+            name = makers[name].input[0]
+        if name in constants and len(constants[name].shape) >= 2:
+            return True
+    return False
+
+
+def _bytes_per_step(tensors: Iterable[StoredTensor], consumers: Consumers) -> int | None:
+    total = 0
+    for tensor in tensors:
+        dtype, uses = _uses(tensor, consumers)
+        if uses and all(node.op_type in _LOOK_UPS and place == 0 for node, place in uses):
+            if len(tensor.shape) > 2:
+                return None  # which experts are looked up depends on the token
+            axis = next((a.i for node, _ in uses for a in node.attribute if a.name == "axis"), 0)
+            axis %= max(1, len(tensor.shape))
+            total += tensor_bytes((*tensor.shape[:axis], *tensor.shape[axis + 1 :]), dtype)
+        elif uses:
+            total += tensor_bytes(tensor.shape, dtype)
+    return total
+
+
+def _uses(tensor: StoredTensor, consumers: Consumers) -> tuple[int, list[tuple[onnx.NodeProto, int]]]:
+    """The type in which the constant is read at run time, and the nodes that read it.
+
+    Casts and transposes of a constant are made once, at load; what runs is their result.
+    """
+    dtype, uses, pending = tensor.dtype, [], [tensor.name]
+    seen = set(pending)
+    while pending:
+        for node, place in consumers.get(pending.pop(), []):
+            if node.op_type not in _SAME_WEIGHT or place != 0 or not node.output:
+                uses.append((node, place))
+                continue
+            if node.op_type == "Cast":
+                dtype = next((a.i for a in node.attribute if a.name == "to"), dtype)
+            if node.output[0] not in seen:  # a broken graph may have cycles
+                seen.add(node.output[0])
+                pending.append(node.output[0])
+    return dtype, uses
