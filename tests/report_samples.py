@@ -188,6 +188,12 @@ def fields(num_blocks: int = 16) -> dict[str, Any]:
         "load": LoadFacts(
             seconds=1.25, resident_bytes=2**31, note="112 of 146 weights are sparse initializers."
         ),
+        "quantization": {
+            "bits": 4,
+            "group_size": 64,
+            "activation_bits": 8,
+            "blocks": [{"index": 0, "error": 0.01, "nearest_error": 0.02, "searched": True}],
+        },
         "size": SizeFacts(
             source_bytes=2_471_645_608,
             dense_bytes=pruned_dense + 1_050_673_152,

@@ -23,14 +23,14 @@ def export(tmp_path: Path) -> ToyExport:
 
 
 def test_examination_reports_every_check_in_order(export: ToyExport) -> None:
-    """All names but optional ones are there, in order, with provider, type, costs and all four perplexities."""
+    """All names but optional ones are there, in order, with provider, type, costs and all perplexities."""
     seen: list[ValidationProgress] = []
     report = examine(export.request, seen.append)
     always = tuple(name for name in CHECK_NAMES if name not in OPTIONAL_CHECKS)
     assert tuple(check.name for check in report.checks) == always
     assert report.passed
     assert (report.provider, report.compute_dtype) == ("CPUExecutionProvider", "float32")
-    assert set(report.perplexity) == {"dense", "pruned", "recovered", "onnx"}
+    assert set(report.perplexity) == {"dense", "pruned", "recovered", "quantized", "onnx"}
     assert {"load_s", "load_rss_bytes", "structure_s", "perplexity_s"} <= set(report.timings)
     stages = list(dict.fromkeys(progress.stage for progress in seen if progress.stage != "structure"))
     assert stages == ["manifest", "load", "parity", "perplexity", "reference"]
@@ -40,7 +40,7 @@ def test_known_perplexities_are_taken_over(export: ToyExport) -> None:
     """What was measured before is not measured again, and is what drift and increase are judged by."""
     honest = examine(export.request).perplexity["onnx"]
     assert honest is not None
-    known = {"dense": honest / 1.5, "pruned": 99.0, "recovered": honest * 1.01}
+    known = {"dense": honest / 1.5, "pruned": 99.0, "recovered": honest * 1.01, "quantized": None}
     request = dataclasses.replace(export.request, known_perplexity=known, gates=Gates(max_ppl_increase=0.6))
     report = examine(request)
     assert report.perplexity == {**known, "onnx": honest}
