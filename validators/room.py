@@ -40,8 +40,8 @@ def blocks_of(structure: Structure, request: ValidationRequest) -> tuple[FileGra
     """The graph to run block by block, None to run it whole; and why blocks were chosen, where nobody asked for them.
 
     Raises:
-        ValidationUsageError: E-PARITY-BLOCKS: blocks are asked for, and the file does not show where they are, or its weights
-            are packed.
+        ValidationUsageError: E-PARITY-BLOCKS: blocks are asked for, and the file does not show where they are, or has
+            packed weights.
     """
     if structure.packed and request.parity == "blocks":
         raise ValidationUsageError(
