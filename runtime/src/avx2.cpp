@@ -194,6 +194,7 @@ struct Avx2 {
     // Calls use(j, columns 8 j to 8 j + 7 of the piece) for its eight parts.
     template <class Use> void EachFloats(const uint8_t* bits, Use use) {
       constexpr ValueType kStored = type == ValueType::kInt4 ? ValueType::kInt8 : type;
+      FetchAhead(bits);
       const uint8_t* values = Begin();
       for (int j = 0; j < 8; ++j) {
         use(j, ExpandFloats<kStored>(values, bits[j]));
@@ -204,6 +205,7 @@ struct Avx2 {
 
     // Calls use(j, columns 32 j to 32 j + 31 of the piece) for its two halves.
     template <class Use> void EachBytes(const uint8_t* bits, Use use) {
+      FetchAhead(bits);
       const uint8_t* values = Begin();
       for (int j = 0; j < 2; ++j) {
         const __m128i low = ExpandBytes(values, bits + 4 * j);
@@ -220,6 +222,13 @@ struct Avx2 {
     }
 
   private:
+    void FetchAhead(const uint8_t* bits) const {
+      const char* ahead = reinterpret_cast<const char*>(values()) + kValuesAhead;
+      _mm_prefetch(ahead, _MM_HINT_T0);
+      if (kElement > 1) _mm_prefetch(ahead + 64, _MM_HINT_T0);
+      if (kElement > 2) _mm_prefetch(ahead + 128, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(bits) + kMaskAhead, _MM_HINT_T0);
+    }
     const uint8_t* Begin() {
       if constexpr (type == ValueType::kInt4) return Int4::Next();
       else return values_;

@@ -109,6 +109,7 @@ struct Avx512 {
 
     // Calls use(j, columns 16 j to 16 j + 15 of the piece) for its four parts.
     template <class Use> void EachFloats(const uint8_t* bits, Use use) {
+      FetchAhead(bits);
       const uint64_t word = MaskWord(bits);
       if constexpr (type == ValueType::kFloat32) {
         const uint64_t starts = PrefixCounts(word) << 8;
@@ -137,6 +138,7 @@ struct Avx512 {
 
     // Calls use(0, the 64 columns of the piece).
     template <class Use> void EachBytes(const uint8_t* bits, Use use) {
+      FetchAhead(bits);
       const uint64_t word = MaskWord(bits);
       use(0, Expand(word));
       values_ += PieceBytes(word);
@@ -146,6 +148,13 @@ struct Avx512 {
     const uint8_t* values() const { return values_; }
 
   private:
+    void FetchAhead(const uint8_t* bits) const {
+      const char* ahead = reinterpret_cast<const char*>(values_) + kValuesAhead;
+      _mm_prefetch(ahead, _MM_HINT_T0);
+      if (kElement > 1) _mm_prefetch(ahead + 64, _MM_HINT_T0);
+      if (kElement > 2) _mm_prefetch(ahead + 128, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(bits) + kMaskAhead, _MM_HINT_T0);
+    }
     static int64_t PieceBytes(uint64_t word) {
       const int64_t count = CountBits(word);
       return type == ValueType::kInt4 ? (count + 1) / 2 : count * kElement;

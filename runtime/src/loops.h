@@ -23,6 +23,11 @@ constexpr int64_t kTileWeights = 4; // rows of W that one step of the many-row p
 // int32 lanes hold the sums of at least this many columns of products of int8 for any vector width.
 constexpr int64_t kExactColumns = 65536;
 
+// The values come in one stream, the mask in another. Processors fetch ahead within a page only, so the kernels ask for
+// what lies this many bytes ahead, in the next pages too; what lies behind the end is never read.
+constexpr int64_t kValuesAhead = 1024;
+constexpr int64_t kMaskAhead = 512;
+
 // Calls body(scale of the group, first piece, last piece) for each group of a row, none longer than `limit` columns.
 template <class Body>
 inline void EachGroup(const Weight& weight, const float* scales, int64_t first_column, int64_t last_column,

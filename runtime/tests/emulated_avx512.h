@@ -111,6 +111,9 @@ BLOCKPRESS_WIDEN(_mm512_cvtepu8_epi16, uint16_t, uint8_t, __m256i)
 BLOCKPRESS_WIDEN(_mm512_cvtepu16_epi32, uint32_t, uint16_t, __m256i)
 #undef BLOCKPRESS_WIDEN
 
+enum { _MM_HINT_T0 };
+inline void _mm_prefetch(const char*, int) {}
+
 inline __m512 _mm512_setzero_ps() { return __m512{}; }
 inline __m512i _mm512_setzero_si512() { return __m512i{}; }
 inline __m512 _mm512_set1_ps(float value) {
