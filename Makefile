@@ -45,6 +45,8 @@ $(RUNTIME): $(INSTALLED) $(RUNTIME_FILES)
 demo: $(RUNTIME)
 	@mkdir -p build/demo
 	$(BIN)/compress run examples/tiny-llm --out build/demo/sparse.onnx --num-calibration-samples 64 --force
+	$(BIN)/compress export build/demo/sparse.hf --out build/demo/int8.onnx --dtype int8 --force
+	$(BIN)/compress bench build/demo/int8.onnx --html build/demo/bench.html
 
 test: $(RUNTIME)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2

@@ -19,11 +19,9 @@ OVERLAP = {"recovery__window": "overlap", "recovery__start": "least_squares"}
 RUNS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", DSNOT, HALF),
     ("gpt2", DSNOT, TWO_OF_FOUR),
-    ("qwen3_moe", DSNOT, HALF),
     ("qwen3_moe", DSNOT, TWO_OF_FOUR),
     ("llama", EBFT_MASK, TWO_OF_FOUR),
     ("gpt2", EBFT_MASK, HALF),
-    ("qwen3_moe", EBFT_MASK, HALF),
     ("qwen3_moe", SPLIT, HALF),
     ("gpt2", OVERLAP, TWO_OF_FOUR),
     ("qwen3_moe", OVERLAP, HALF),
