@@ -80,7 +80,7 @@ def _settings() -> Iterator[BadInput]:
         for before, name in zip(A_TO_H, B_TO_I, strict=True)
     ]
     bomb = "\n".join(["a: &a [x, x]", *steps])
-    yield recipe("recipe that expands without end", "E-RECIPE-KEY", "unknown key a", bomb)
+    yield recipe("recipe that expands without end", "E-RECIPE-SYNTAX", "more than 50000 values", bomb)
 
 
 def _run_settings() -> Iterator[BadInput]:
