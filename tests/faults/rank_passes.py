@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "recovery.probe.candidates": [1e-3, 3e-3],
         "finish.method": "kl",
         "finish.epochs": 1,
-        "finish.trials.candidates": [1e-3, 3e-3],
+        "finish.trials.candidates": [1e-4, 3e-4],
     },
     "overlap": {"recovery.window": "overlap", "recovery.lr": "auto", "recovery.probe.epochs": 1},
     "split": {"recovery.window": "split", "recovery.loss": "normalized", "recovery.first_token": "per_token"},
