@@ -40,7 +40,7 @@ def _settings() -> Iterator[BadInput]:
     yield option("unknown option", "E-USAGE", "--nonsense", "--nonsense")
     yield option("unknown pruner", "E-USAGE", "magnitude", "--pruner", "obs")
     yield option("unknown recovery", "E-USAGE", "ebft", "--recovery", "qlora")
-    yield option("unknown dtype", "E-USAGE", "bfloat16", "--dtype", "int8")
+    yield option("unknown dtype", "E-USAGE", "bfloat16", "--dtype", "float8")
     yield option("unknown encoding", "E-USAGE", "sparse", "--encoding", "zip")
     yield option("unknown device", "E-USAGE", "cuda:N", "--device", "tpu")
     yield option("device that is absent", "E-DEVICE-ABSENT", "cuda:99", "--device", "cuda:99")
