@@ -37,7 +37,12 @@ from blockpress_runtime.packing import pack
 
 Array = NDArray[Any]
 
-OURS = {"float32": 0, "bfloat16": 0, "int8": 128, "int4": 64}  # value type: columns that share a scale
+OURS = {
+    "float32": 0,
+    "bfloat16": 0,
+    "int8": 0,
+    "int4": 64,
+}  # value type: columns that share a scale, 0 for rows
 RIVALS = ("dense-float32", "dense-int8", "dense-int4")
 BLOCK = 32  # columns that share a scale in the dense 4-bit rival, its usual choice
 
@@ -104,7 +109,7 @@ def add_sparse(graph: GraphFile, index: int, W: Array, dtype: str, activation_bi
     scales = None
     if dtype in ("int8", "int4"):
         largest = 127 if dtype == "int8" else 7
-        groups = W.reshape(W.shape[0], -1, group)
+        groups = W.reshape(W.shape[0], -1, group or W.shape[1])
         scales = np.abs(groups).max(axis=2) / largest
         W = np.rint(groups / np.maximum(scales, 1e-20)[:, :, None]).astype(np.int8).reshape(W.shape)
     elif dtype == "bfloat16":
