@@ -2,6 +2,7 @@
 // from tables of the 256 possible mask bytes.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
@@ -118,7 +119,19 @@ struct Avx2 {
   static void Store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
   static Floats Plus(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static Floats Times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+  static Floats Minus(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+  static Floats Over(Floats a, Floats b) { return _mm256_div_ps(a, b); }
   static Floats Fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  static Floats LargerSize(Floats size, Floats v) {
+    return _mm256_max_ps(size, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v));
+  }
+  static void StoreRounded(int8_t* p, Floats v) {
+    const __m256i q = _mm256_cvtps_epi32(v);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    const __m128i limited = _mm_max_epi16(words, _mm_set1_epi16(-127));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(limited, limited));
+  }
+  static void Fetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
   static float Sum(Floats v) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
@@ -194,7 +207,7 @@ struct Avx2 {
     // Calls use(j, columns 8 j to 8 j + 7 of the piece) for its eight parts.
     template <class Use> void EachFloats(const uint8_t* bits, Use use) {
       constexpr ValueType kStored = type == ValueType::kInt4 ? ValueType::kInt8 : type;
-      FetchAhead(bits);
+      FetchAhead<Avx2, type>(values(), bits);
       const uint8_t* values = Begin();
       for (int j = 0; j < 8; ++j) {
         use(j, ExpandFloats<kStored>(values, bits[j]));
@@ -205,7 +218,7 @@ struct Avx2 {
 
     // Calls use(j, columns 32 j to 32 j + 31 of the piece) for its two halves.
     template <class Use> void EachBytes(const uint8_t* bits, Use use) {
-      FetchAhead(bits);
+      FetchAhead<Avx2, type>(values(), bits);
       const uint8_t* values = Begin();
       for (int j = 0; j < 2; ++j) {
         const __m128i low = ExpandBytes(values, bits + 4 * j);
@@ -222,13 +235,6 @@ struct Avx2 {
     }
 
   private:
-    void FetchAhead(const uint8_t* bits) const {
-      const char* ahead = reinterpret_cast<const char*>(values()) + kValuesAhead;
-      _mm_prefetch(ahead, _MM_HINT_T0);
-      if (kElement > 1) _mm_prefetch(ahead + 64, _MM_HINT_T0);
-      if (kElement > 2) _mm_prefetch(ahead + 128, _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(bits) + kMaskAhead, _MM_HINT_T0);
-    }
     const uint8_t* Begin() {
       if constexpr (type == ValueType::kInt4) return Int4::Next();
       else return values_;
@@ -241,48 +247,9 @@ struct Avx2 {
   };
 };
 
-float Quantize(const float* x, int64_t columns, int64_t stride, int8_t* quantized) {
-  const __m256 sign = _mm256_set1_ps(-0.0f);
-  const int64_t whole = columns / 8 * 8;
-  __m256 largest = _mm256_setzero_ps();
-  __m256 wrong = _mm256_setzero_ps(); // x - x is NaN for what is not finite
-  for (int64_t k = 0; k < whole; k += 8) {
-    const __m256 v = _mm256_loadu_ps(x + k);
-    largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, v));
-    wrong = _mm256_add_ps(wrong, _mm256_sub_ps(v, v));
-  }
-  alignas(32) float lanes[8];
-  _mm256_store_ps(lanes, largest);
-  float most = *std::max_element(lanes, lanes + 8);
-  float not_finite = Avx2::Sum(wrong);
-  for (int64_t k = whole; k < columns; ++k) {
-    most = std::max(most, std::fabs(x[k]));
-    not_finite += x[k] - x[k];
-  }
-  if (std::isnan(not_finite)) {
-    std::fill(quantized, quantized + stride, int8_t{0});
-    return std::numeric_limits<float>::quiet_NaN();
-  }
-  float step = most / 127.0f;
-  if (step == 0) step = 1.0f;
-  const __m256 steps = _mm256_set1_ps(step);
-  for (int64_t k = 0; k < whole; k += 8) {
-    const __m256i q = _mm256_cvtps_epi32(_mm256_div_ps(_mm256_loadu_ps(x + k), steps)); // ties to even
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
-    const __m128i limited = _mm_max_epi16(words, _mm_set1_epi16(-127)); // a step that is subnormal is not exact
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(quantized + k), _mm_packs_epi16(limited, limited));
-  }
-  for (int64_t k = whole; k < columns; ++k) {
-    const float q = std::nearbyint(x[k] / step);
-    quantized[k] = static_cast<int8_t>(std::min(127.0f, std::max(-127.0f, q)));
-  }
-  std::fill(quantized + columns, quantized + stride, int8_t{0});
-  return step;
-}
-
 } // namespace
 
-extern const Kernels kAvx2Kernels = {"avx2", Multiply<Avx2>, Quantize};
+extern const Kernels kAvx2Kernels = {"avx2", Multiply<Avx2>, Quantize<Avx2>};
 
 } // namespace blockpress
 

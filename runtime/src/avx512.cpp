@@ -36,7 +36,16 @@ struct Avx512 {
   static void Store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
   static Floats Plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats Times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static Floats Minus(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+  static Floats Over(Floats a, Floats b) { return _mm512_div_ps(a, b); }
   static Floats Fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static Floats LargerSize(Floats size, Floats v) { return _mm512_max_ps(size, _mm512_abs_ps(v)); }
+  static void StoreRounded(int8_t* p, Floats v) {
+    const __m512i q = _mm512_min_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(127));
+    const __m512i limited = _mm512_max_epi32(q, _mm512_set1_epi32(-127));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(limited));
+  }
+  static void Fetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
   static float Sum(Floats v) { return _mm512_reduce_add_ps(v); }
   // Adds the sums of four vectors to four floats beside each other.
   static void AddSums(Floats a, Floats b, Floats c, Floats d, float* y) {
@@ -109,7 +118,7 @@ struct Avx512 {
 
     // Calls use(j, columns 16 j to 16 j + 15 of the piece) for its four parts.
     template <class Use> void EachFloats(const uint8_t* bits, Use use) {
-      FetchAhead(bits);
+      FetchAhead<Avx512, type>(values_, bits);
       const uint64_t word = MaskWord(bits);
       if constexpr (type == ValueType::kFloat32) {
         const uint64_t starts = PrefixCounts(word) << 8;
@@ -138,7 +147,7 @@ struct Avx512 {
 
     // Calls use(0, the 64 columns of the piece).
     template <class Use> void EachBytes(const uint8_t* bits, Use use) {
-      FetchAhead(bits);
+      FetchAhead<Avx512, type>(values_, bits);
       const uint64_t word = MaskWord(bits);
       use(0, Expand(word));
       values_ += PieceBytes(word);
@@ -148,13 +157,6 @@ struct Avx512 {
     const uint8_t* values() const { return values_; }
 
   private:
-    void FetchAhead(const uint8_t* bits) const {
-      const char* ahead = reinterpret_cast<const char*>(values_) + kValuesAhead;
-      _mm_prefetch(ahead, _MM_HINT_T0);
-      if (kElement > 1) _mm_prefetch(ahead + 64, _MM_HINT_T0);
-      if (kElement > 2) _mm_prefetch(ahead + 128, _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(bits) + kMaskAhead, _MM_HINT_T0);
-    }
     static int64_t PieceBytes(uint64_t word) {
       const int64_t count = CountBits(word);
       return type == ValueType::kInt4 ? (count + 1) / 2 : count * kElement;
@@ -180,44 +182,9 @@ struct Avx512 {
   };
 };
 
-float Quantize(const float* x, int64_t columns, int64_t stride, int8_t* quantized) {
-  const int64_t whole = columns / 16 * 16;
-  __m512 largest = _mm512_setzero_ps();
-  __m512 wrong = _mm512_setzero_ps(); // x - x is NaN for what is not finite
-  for (int64_t k = 0; k < whole; k += 16) {
-    const __m512 v = _mm512_loadu_ps(x + k);
-    largest = _mm512_max_ps(largest, _mm512_abs_ps(v));
-    wrong = _mm512_add_ps(wrong, _mm512_sub_ps(v, v));
-  }
-  float most = _mm512_reduce_max_ps(largest);
-  float not_finite = _mm512_reduce_add_ps(wrong);
-  for (int64_t k = whole; k < columns; ++k) {
-    most = std::max(most, std::fabs(x[k]));
-    not_finite += x[k] - x[k];
-  }
-  if (std::isnan(not_finite)) {
-    std::fill(quantized, quantized + stride, int8_t{0});
-    return std::numeric_limits<float>::quiet_NaN();
-  }
-  float step = most / 127.0f;
-  if (step == 0) step = 1.0f;
-  for (int64_t k = 0; k < whole; k += 16) {
-    const __m512i q = _mm512_cvtps_epi32(_mm512_div_ps(_mm512_loadu_ps(x + k), _mm512_set1_ps(step))); // ties to even
-    const __m512i limit = _mm512_set1_epi32(127); // a step that is subnormal is not exact
-    const __m512i limited = _mm512_max_epi32(_mm512_min_epi32(q, limit), _mm512_set1_epi32(-127));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(quantized + k), _mm512_cvtepi32_epi8(limited));
-  }
-  for (int64_t k = whole; k < columns; ++k) {
-    const float q = std::nearbyint(x[k] / step);
-    quantized[k] = static_cast<int8_t>(std::min(127.0f, std::max(-127.0f, q)));
-  }
-  std::fill(quantized + columns, quantized + stride, int8_t{0});
-  return step;
-}
-
 } // namespace
 
-extern const Kernels kAvx512Kernels = {"avx512", Multiply<Avx512>, Quantize};
+extern const Kernels kAvx512Kernels = {"avx512", Multiply<Avx512>, Quantize<Avx512>};
 
 } // namespace blockpress
 

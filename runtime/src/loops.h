@@ -1,7 +1,8 @@
 // Y = X Wᵀ over strips of packed rows, written once for every vector instruction set.
 //
 // An instruction set `Isa` gives (see avx2.cpp, avx512.cpp):
-//   Floats, kFloats        a vector of float32 and how many it holds; Zero(), Load(p), Fma(a, b, c) = a b + c, Sum(v)
+//   Floats, kFloats        a vector of float32 and how many it holds; Zero(), Load(p), Fma(a, b, c) = a b + c, Sum(v),
+//                          StoreRounded(p, v), to int8 with ties to even, limited to -127 and 127
 //   Bytes, kBytes          a vector of int8 and how many it holds; LoadBytes(p)
 //   Dots<Rows, Columns>    exact int32 sums of products of int8: see there
 //   Cursor<type>           walks the values of one row, one piece of 64 columns (eight bytes of its mask) at a time
@@ -9,7 +10,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
+#include <type_traits>
 
 #include "weight.h"
 
@@ -27,6 +31,12 @@ constexpr int64_t kExactColumns = 65536;
 // what lies this many bytes ahead, in the next pages too; what lies behind the end is never read.
 constexpr int64_t kValuesAhead = 1024;
 constexpr int64_t kMaskAhead = 512;
+
+template <class Isa, ValueType type> inline void FetchAhead(const uint8_t* values, const uint8_t* mask) {
+  for (int64_t line = 0; line < ElementBytes(type); line += line == 0 ? 1 : 2) // a piece has up to 64 values
+    Isa::Fetch(values + kValuesAhead + 64 * line);
+  Isa::Fetch(mask + kMaskAhead);
+}
 
 // Calls body(scale of the group, first piece, last piece) for each group of a row, none longer than `limit` columns.
 template <class Body>
@@ -261,6 +271,42 @@ void Multiply(const Weight& weight, const Activations& x, int64_t first_strip, i
   case ValueType::kInt8: return MultiplyRows<Isa, ValueType::kInt8>(weight, x, first, last, y);
   case ValueType::kInt4: return MultiplyRows<Isa, ValueType::kInt4>(weight, x, first, last, y);
   }
+}
+
+// What Kernels::quantize is, for one instruction set.
+template <class Isa> float Quantize(const float* x, int64_t columns, int64_t stride, int8_t* quantized) {
+  using Floats = typename Isa::Floats;
+  const int64_t whole = columns / Isa::kFloats * Isa::kFloats;
+  Floats largest = Isa::Zero();
+  Floats wrong = Isa::Zero(); // x - x is NaN for what is not finite
+  for (int64_t k = 0; k < whole; k += Isa::kFloats) {
+    const Floats v = Isa::Load(x + k);
+    largest = Isa::LargerSize(largest, v);
+    wrong = Isa::Plus(wrong, Isa::Minus(v, v));
+  }
+  alignas(64) float lanes[Isa::kFloats];
+  Isa::Store(lanes, largest);
+  float most = *std::max_element(lanes, lanes + Isa::kFloats);
+  float not_finite = Isa::Sum(wrong);
+  for (int64_t k = whole; k < columns; ++k) {
+    most = std::max(most, std::fabs(x[k]));
+    not_finite += x[k] - x[k];
+  }
+  if (std::isnan(not_finite)) {
+    std::fill(quantized, quantized + stride, int8_t{0});
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  float step = most / 127.0f;
+  if (step == 0) step = 1.0f;
+  const Floats steps = Isa::Fill(step);
+  for (int64_t k = 0; k < whole; k += Isa::kFloats)
+    Isa::StoreRounded(quantized + k, Isa::Over(Isa::Load(x + k), steps));
+  for (int64_t k = whole; k < columns; ++k) {
+    const float q = std::nearbyint(x[k] / step); // limited, as a step that is subnormal is not exact
+    quantized[k] = static_cast<int8_t>(std::min(127.0f, std::max(-127.0f, q)));
+  }
+  std::fill(quantized + columns, quantized + stride, int8_t{0});
+  return step;
 }
 
 } // namespace blockpress

@@ -179,14 +179,16 @@ def report_facts(out: Path) -> Mapping[str, Any]:
     """The report without what is measured anew in each run."""
     report = json.loads(out.with_suffix(".report.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in report.items() if key not in MEASURED}
-    return _without_times(kept)
+    return _without_measures(kept)
 
 
-def _without_times(value: Any) -> Any:
+def _without_measures(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            key: _without_times(inner) for key, inner in value.items() if not key.endswith(("_s", "seconds"))
+            key: _without_measures(inner)
+            for key, inner in value.items()
+            if not key.endswith(("_s", "seconds", "resident_bytes"))
         }
     if isinstance(value, list):
-        return [_without_times(inner) for inner in value]
+        return [_without_measures(inner) for inner in value]
     return value

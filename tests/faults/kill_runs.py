@@ -57,25 +57,30 @@ class Harness:
         ended = self.server.run(self.run.argv(out), fault=fault, kill_after_s=kill_after_s)
         self.kills += ended.code == KILLED
         if ended.code not in (0, KILLED):
-            self.faults.append(f"{out.parent.name}: exit {ended.code}: {ended.said[-500:]}")
+            self.note(f"{out.parent.name}: exit {ended.code}: {ended.said[-500:]}")
         return ended
+
+    def note(self, fault: str) -> None:
+        """Count a fault, and tell it at once: the whole takes long."""
+        self.faults.append(fault)
+        click.echo(fault, err=True)
 
     def finish(self, out: Path) -> None:
         """Start the run a last time, and compare what lies there with the whole run's output."""
         name = out.parent.name
         if self.start(out).code != 0:
-            self.faults.append(f"{name}: did not end")
+            self.note(f"{name}: did not end")
             return
         self.completed += 1
         if contents(out) != contents(self.whole):
-            self.faults.append(f"{name}: other bytes")
+            self.note(f"{name}: other bytes")
         if report_facts(out) != report_facts(self.whole):
-            self.faults.append(f"{name}: another report")
+            self.note(f"{name}: another report")
         left = {path.name for path in out.parent.iterdir()} ^ {
             path.name for path in self.whole.parent.iterdir()
         }
         if left:
-            self.faults.append(f"{name}: {sorted(left)} lie there")
+            self.note(f"{name}: {sorted(left)} lie there")
         shutil.rmtree(out.parent)
 
     def windows(self, out: Path) -> int:
@@ -90,7 +95,7 @@ def kill_at_points(harness: Harness) -> None:
         for times in (1, 3) if point.startswith(("blocks", "state")) else (1,):
             out = harness.place(f"point-{number}-{times}")
             if harness.start(out, fault=f"{point}#{times}:kill").code != KILLED:
-                harness.faults.append(f"{point}: not reached")
+                harness.note(f"{point}: not reached")
             harness.finish(out)
             click.echo(f"{point}#{times}: {len(harness.faults)} faults")
 
@@ -108,7 +113,7 @@ def kill_at_moments(harness: Harness, moments: int, chain: int, seed: int) -> No
                 break
             done = harness.windows(out)
             if done < before:
-                harness.faults.append(f"{out.parent.name}: {before} windows were committed, {done} are left")
+                harness.note(f"{out.parent.name}: {before} windows were committed, {done} are left")
             before = done
         harness.finish(out)
         click.echo(f"chain {number}: {harness.kills} kills, {len(harness.faults)} faults")
@@ -132,8 +137,6 @@ def main(moments: int, chain: int, seed: int) -> None:
     minutes = (time.perf_counter() - started) / 60
     totals = f"{harness.kills} kills, {harness.completed} runs completed, {len(harness.faults)} faults"
     click.echo(f"{totals}, {minutes:.0f} min")
-    for fault in harness.faults:
-        click.echo(fault, err=True)
     sys.exit(bool(harness.faults))
 
 
