@@ -31,7 +31,7 @@ def perplexity_plot(perplexity: PerplexityFacts) -> str | None:
         ("ONNX Runtime", perplexity.onnx, svg.ONNX),
     ]
     if perplexity.quantized is not None:
-        rows.insert(3, ("quantised", perplexity.quantized, svg.SERIES[0]))
+        rows.insert(3, ("quantised", perplexity.quantized, svg.QUANTIZED))
     if all(value is None for _, value, _ in rows):
         return None
     drawable = [value for _, value, _ in rows if value is not None and 0 < value < math.inf] or [1.0]

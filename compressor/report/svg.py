@@ -18,6 +18,7 @@ from typing import Any
 # Stand-in colour to the page's CSS variable. The values mean nothing but must differ.
 INK, MUTED, LINE, CARD = "#010101", "#020202", "#030303", "#040404"
 DENSE, PRUNED, RECOVERED, ONNX, GRAPH = "#050505", "#060606", "#070707", "#080808", "#090909"
+QUANTIZED = "#0a0a0a"
 SERIES = tuple(f"#{place:02x}{place:02x}{place:02x}" for place in range(16, 24))  # lines that are told apart
 _VARIABLES = {
     INK: "--ink",
@@ -27,6 +28,7 @@ _VARIABLES = {
     DENSE: "--dense",
     PRUNED: "--pruned",
     RECOVERED: "--recovered",
+    QUANTIZED: "--quantized",
     ONNX: "--onnx",
     GRAPH: "--graph",
     **{colour: f"--series-{number}" for number, colour in enumerate(SERIES, start=1)},
