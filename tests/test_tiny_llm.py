@@ -187,7 +187,8 @@ def test_tiny_llm_script_writes_a_loadable_folder(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run of two steps on a small text writes weights, tokenizer and card, and repeats bit for bit."""
-    texts = {split: python_docs(split).documents[:60] for split in ("train", "heldout", "evaluation")}
+    kept: dict[Split, int] = {"train": 20, "heldout": 3, "evaluation": 3}
+    texts = {split: python_docs(split).documents[:count] for split, count in kept.items()}
     monkeypatch.setattr(script, "python_docs", lambda split: Corpus(texts[split], "a part", "0" * 64))
     threads = str(torch.get_num_threads())
     for name in ("first", "second"):
