@@ -138,9 +138,8 @@ def compress(
             with ranks.together():
                 staging = staged.enter_context(Staging(target))
             state = open_state(target, facts, job.source, choice, progress, ranks)
-            if (
-                not state.windows_done and ranks.world == 1
-            ):  # the probe of a block would wait for the other ranks
+            # Of several ranks none foresees: the probe of a block would wait for the others.
+            if not state.windows_done and ranks.world == 1:
                 foresee(job, opened.dtype, target, activation_memory, progress)
             hf_folder = staging.plan.hf or staging.scratch / "hf"
             with measure.stage("blocks"), limited_activations(activation_memory, staging.scratch):

@@ -60,7 +60,7 @@ struct Avx512 {
 
   // vpdpbusd multiplies bytes without a sign by bytes with one: x goes in as x + 128, and 128 times the sum of the
   // weights comes off at the end.
-  static Bytes LoadWithout(const int8_t* x) {
+  static Bytes LoadPlus128(const int8_t* x) {
     return _mm512_xor_si512(_mm512_loadu_si512(x), _mm512_set1_epi8(static_cast<char>(0x80)));
   }
   static Bytes Add128(Bytes sums, Bytes w) {
@@ -75,7 +75,7 @@ struct Avx512 {
     }
     void Add(Bytes w, const int8_t* x, int64_t stride) {
       too_much = Add128(too_much, w);
-      for (int i = 0; i < Rows; ++i) sums[i] = _mm512_dpbusd_epi32(sums[i], LoadWithout(x + i * stride), w);
+      for (int i = 0; i < Rows; ++i) sums[i] = _mm512_dpbusd_epi32(sums[i], LoadPlus128(x + i * stride), w);
     }
     Floats Sums(int i) const { return _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[i], too_much)); }
   };
@@ -94,7 +94,7 @@ struct Avx512 {
     }
     void Add(const TileByte* tile, int64_t tile_stride, const int8_t* x, int64_t stride) {
       Bytes columns[Rows];
-      for (int i = 0; i < Rows; ++i) columns[i] = LoadWithout(x + i * stride);
+      for (int i = 0; i < Rows; ++i) columns[i] = LoadPlus128(x + i * stride);
       for (int r = 0; r < kTileWeights; ++r) {
         const Bytes w = _mm512_loadu_si512(tile + r * tile_stride);
         too_much[r] = Add128(too_much[r], w);

@@ -1,12 +1,15 @@
 // Y = X Wᵀ over strips of packed rows, written once for every vector instruction set.
 //
 // An instruction set `Isa` gives (see avx2.cpp, avx512.cpp):
-//   Floats, kFloats        a vector of float32 and how many it holds; Zero(), Load(p), Fma(a, b, c) = a b + c, Sum(v),
-//                          StoreRounded(p, v), to int8 with ties to even, limited to -127 and 127
-//   Bytes, kBytes          a vector of int8 and how many it holds; LoadBytes(p)
-//   Dots<Rows, Columns>    exact int32 sums of products of int8: see there
+//   Floats, kFloats        a vector of float32 and how many it holds; its arithmetic: Zero, Fill, Load, Store, Plus, Minus,
+//                          Times, Over, Fma(a, b, c) = a b + c, Sum, AddSums, LargerSize, StoreRounded (to int8)
+//   Bytes, kBytes          a vector of int8 and how many it holds
+//   Dots<Rows>             exact int32 sums of products of int8: one row of W with Rows rows of X
 //   Cursor<type>           walks the values of one row, one piece of 64 columns (eight bytes of its mask) at a time
+//   TileByte, kTileBytes   how a tile holds an int8 weight, and how many of them one step takes; StoreTile
+//   TileDots<Rows>         as Dots, for kTileWeights rows of W out of a tile
 //   kTileRows              rows of X that one step of the many-row product takes
+//   Fetch(p)               asks the memory for the line at p
 #pragma once
 
 #include <algorithm>
