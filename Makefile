@@ -62,7 +62,7 @@ distributed: $(INSTALLED)
 # Ten thousand mutated files of each format that the program reads, and two hundred by the real command: hours. Then twenty
 # thousand matrices for the runtime's kernels.
 fuzz: $(INSTALLED)
-	$(ONE_THREAD) $(BIN)/python tests/fuzz/fuzzing.py --mutations 10000 --commands 200
+	$(ONE_THREAD) $(BIN)/python tests/fuzz/fuzzing.py --mutations 10000 --commands 200 --processes 10
 	$(BIN)/cmake -S runtime -B build/driver -DBLOCKPRESS_DRIVER=ON
 	$(BIN)/cmake --build build/driver
 	build/driver/driver --rounds 20000

@@ -25,11 +25,15 @@ KILLED = -9
 
 @dataclass(frozen=True)
 class Ended:
-    """How one run ended: its exit code, negative for a signal, its seconds, and what it printed."""
+    """How one run ended: its exit code, negative for a signal, its seconds, and what it printed.
+
+    What went to stderr is in ``said`` too, but for a run that was asked to keep it apart.
+    """
 
     code: int
     seconds: float
     said: str
+    errors: str = ""
 
 
 class ForkServer:
@@ -45,10 +49,12 @@ class ForkServer:
         fault: str | None = None,
         kill_after_s: float | None = None,
         file_limit: int | None = None,
+        folder: Path | None = None,
+        apart: bool = False,
     ) -> Ended:
-        """One run of the command line, to its end."""
-        environment = {"BLOCKPRESS_FAULT": fault or ""}
-        return self._start(argv, [environment], kill_after_s=kill_after_s, file_limit=file_limit)[0]
+        """One run of the command line, to its end, in ``folder``; ``apart``: with stderr in a file of its own."""
+        request = {"kill_after_s": kill_after_s, "file_limit": file_limit, "folder": folder and str(folder)}
+        return self._start(argv, [{"BLOCKPRESS_FAULT": fault or ""}], request, apart=apart)[0]
 
     def run_ranks(
         self,
@@ -75,37 +81,39 @@ class ForkServer:
             }
             for rank in range(ranks)
         ]
-        return self._start(argv, environments)
+        return self._start(
+            argv, environments, {"kill_after_s": None, "file_limit": None, "folder": None}, apart=False
+        )
 
     def _start(
         self,
         argv: Sequence[str],
         environments: Sequence[Mapping[str, str]],
+        request: Mapping[str, Any],
         *,
-        kill_after_s: float | None = None,
-        file_limit: int | None = None,
+        apart: bool,
     ) -> list[Ended]:
         self._count += 1
         logs = [self._folder / f"run-{self._count}-{place}.txt" for place in range(len(environments))]
+        errors = [log.with_suffix(".err.txt") if apart else log for log in logs]
         cache = {"BLOCKPRESS_CACHE": str(self._folder / "cache")}
-        request = {
-            "argv": list(argv),
-            "processes": [
-                {"environment": {**cache, **environment}, "log": str(log)}
-                for environment, log in zip(environments, logs, strict=True)
-            ],
-            "kill_after_s": kill_after_s,
-            "file_limit": file_limit,
-        }
+        processes = [
+            {"environment": {**cache, **environment}, "log": str(log), "error_log": str(error_log)}
+            for environment, log, error_log in zip(environments, logs, errors, strict=True)
+        ]
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.write(json.dumps({**request, "argv": list(argv), "processes": processes}) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
         return [
-            Ended(code, answer["seconds"], log.read_text(encoding="utf-8", errors="replace"))
-            for code, log in zip(answer["codes"], logs, strict=True)
+            Ended(code, answer["seconds"], _text(log), _text(error_log) if apart else "")
+            for code, log, error_log in zip(answer["codes"], logs, errors, strict=True)
         ]
+
+
+def _text(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager
