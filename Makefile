@@ -51,9 +51,9 @@ demo: $(RUNTIME)
 test: $(RUNTIME)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2
 
-# Half an hour and more: runs killed at every named point and at 200 random moments.
+# An hour: runs killed at every named point and at 200 random moments, and a full disk at every write.
 faults: $(INSTALLED)
-	$(ONE_THREAD) $(BIN)/python tests/faults/kill_runs.py --moments 200
+	$(ONE_THREAD) $(BIN)/python tests/faults/kill_runs.py --moments 200 --writes all
 
 # A quarter of an hour: runs of 2 and 4 processes on the CPU, against those of one; processes killed, silent, restarted.
 distributed: $(INSTALLED)

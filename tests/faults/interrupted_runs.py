@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,11 +51,23 @@ class ForkServer:
         kill_after_s: float | None = None,
         file_limit: int | None = None,
         folder: Path | None = None,
+        environment: Mapping[str, str] | None = None,
         apart: bool = False,
     ) -> Ended:
-        """One run of the command line, to its end, in ``folder``; ``apart``: with stderr in a file of its own."""
+        """One run of the command line, to its end.
+
+        Args:
+            argv: Of the command.
+            fault: What goes wrong, see ``compressor.run.faults``.
+            kill_after_s: When it is killed.
+            file_limit: Bytes that a file may get.
+            folder: In which it runs.
+            environment: Variables of this run.
+            apart: Whether stderr is kept apart from stdout.
+        """
         request = {"kill_after_s": kill_after_s, "file_limit": file_limit, "folder": folder and str(folder)}
-        return self._start(argv, [{"BLOCKPRESS_FAULT": fault or ""}], request, apart=apart)[0]
+        variables = {**(environment or {}), "BLOCKPRESS_FAULT": fault or ""}
+        return self._start(argv, [variables], request, apart=apart)[0]
 
     def run_ranks(
         self,
@@ -117,10 +130,15 @@ def _text(log: Path) -> str:
 
 
 @contextmanager
-def fork_server(folder: Path) -> Iterator[ForkServer]:
+def fork_server(folder: Path, environment: Mapping[str, str] | None = None) -> Iterator[ForkServer]:
     """A server for the time of the context; logs and the cache of its runs lie in ``folder``."""
     process = subprocess.Popen(
-        [sys.executable, str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
+        [sys.executable, str(SERVER)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, **(environment or {})},
     )
     assert process.stdin is not None
     assert process.stdout is not None

@@ -1,17 +1,24 @@
-"""Kill runs at every named point and at random moments, start them again, and count what was not as it should be.
+"""Kill runs at every named point and at random moments, fill their disk at every write, start them again, and count
+what was not as it should be.
 
-    python tests/faults/kill_runs.py --moments 200 --chain 10
+    python tests/faults/kill_runs.py --moments 200 --chain 10 --writes all
 
 Every chain is one output: its run is killed up to ``--chain`` times, each time at a random moment of the time that a
 whole run takes, and then started until it ends. What lies there then must be what a run leaves that nothing
 interrupted, to the byte, and nothing else; and between two kills no committed window may be lost.
+
+The disk is full for a run from its N-th write on, for every N until a run makes fewer (``--writes 7``: every
+seventh). It must end with 5 and E-DISK-FULL and leave nothing but its state, from which the next one goes on to the
+same end. ``full_disk.c`` is what lets writes fail; it takes Linux and a C compiler.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -119,23 +126,65 @@ def kill_at_moments(harness: Harness, moments: int, chain: int, seed: int) -> No
         click.echo(f"chain {number}: {harness.kills} kills, {len(harness.faults)} faults")
 
 
+def fill_disk_at_writes(harness: Harness, step: int) -> int:
+    """The disk full from each ``step``-th write on; how many runs ended by it."""
+    for failed in itertools.count():
+        number = 1 + failed * step
+        out = harness.place(f"write-{number}")
+        full = {"FULL_DISK": str(out.parent), "FULL_DISK_FROM": str(number)}
+        ended = harness.server.run(harness.run.argv(out), environment=full)
+        if ended.code == 0:
+            shutil.rmtree(out.parent)
+            return failed
+        if ended.code != 5 or "E-DISK-FULL" not in ended.said:
+            harness.note(f"write {number}: exit {ended.code}: {ended.said[-500:]}")
+        left = {path.name for path in out.parent.iterdir()} - {state_of(out).name}
+        if left:
+            harness.note(f"write {number}: {sorted(left)} lie there")
+        harness.finish(out)
+        click.echo(f"write {number}: {len(harness.faults)} faults")
+    raise AssertionError("the numbers do not end")
+
+
+def build_full_disk(folder: Path) -> Path | None:
+    """The library that lets writes fail, in ``folder``; None without a compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        return None
+    library = folder / "full_disk.so"
+    source = Path(__file__).with_name("full_disk.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
 @click.command(help=__doc__)
 @click.option("--moments", default=200, help="Random moments.")
 @click.option("--chain", default=10, help="Kills of one output at most.")
 @click.option("--seed", default=0)
-def main(moments: int, chain: int, seed: int) -> None:
-    started = time.perf_counter()
+@click.option("--points/--no-points", default=True, help="The named points too.")
+@click.option("--writes", default="none", help="At which writes the disk is full: all, none, or every N-th.")
+def main(moments: int, chain: int, seed: int, points: bool, writes: str) -> None:
+    started, full_disks = time.perf_counter(), 0
+    step = {"all": 1, "none": 0}[writes] if writes in ("all", "none") else int(writes)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "server").mkdir()
         (folder / "input").mkdir()
-        with fork_server(folder / "server") as server:
+        library = build_full_disk(folder) if step else None
+        preloaded = {"LD_PRELOAD": str(library)} if library else {}
+        with fork_server(folder / "server", preloaded) as server:
             harness = Harness(server, tiny_run(folder / "input", validate=True), folder)
             click.echo(f"a whole run takes {harness.full.seconds:.1f} s")
-            kill_at_points(harness)
+            if points:
+                kill_at_points(harness)
             kill_at_moments(harness, moments, chain, seed)
+            if library is not None:
+                full_disks = fill_disk_at_writes(harness, step)
+            elif step:
+                click.echo("no C compiler, or not Linux: no disk is filled")
     minutes = (time.perf_counter() - started) / 60
-    totals = f"{harness.kills} kills, {harness.completed} runs completed, {len(harness.faults)} faults"
+    totals = f"{harness.kills} kills, {full_disks} full disks, {harness.completed} runs completed"
+    totals += f", {len(harness.faults)} faults"
     click.echo(f"{totals}, {minutes:.0f} min")
     sys.exit(bool(harness.faults))
 
