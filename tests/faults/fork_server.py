@@ -1,7 +1,7 @@
 """Runs of the command line in children of a process that has done the imports: ``python fork_server.py``.
 
-Each line of standard input is one run as JSON: ``argv``, ``folder`` it is run in (or null), ``processes``,
-``kill_after_s`` (or null) and ``file_limit``, the most bytes that a file may get (or null). A run has one process or
+Each line of standard input is one run as JSON: ``argv``, ``folder`` it is run in (or null), ``processes`` and
+``kill_after_s`` (or null). A run has one process or
 several that share it, each with ``environment`` (added to this one's) and two files for what it prints, ``log`` and
 ``error_log``, which may be the same; the first one is killed. Each run is answered by a line:
 ``codes`` of the processes, negative for the signal that ended one, and ``seconds``. No tensor is touched in this
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -72,8 +71,6 @@ def _become(request: dict[str, Any], process: dict[str, Any]) -> None:
         os.environ.update(process["environment"])
         if request["folder"] is not None:
             os.chdir(request["folder"])
-        if request["file_limit"] is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
         sys.argv = ["compress", *request["argv"]]
         try:
             code = main() or 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from faults.full_disk import build_full_disk
 from faults.local_ranks import environment_of, free_port
 from tiny_models import save_variant, write_texts
 
@@ -38,10 +39,15 @@ class Ended:
 
 
 class ForkServer:
-    """Starts runs in forked children."""
+    """Starts runs in forked children.
 
-    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
+    Attributes:
+        fills_disks: Whether ``full_disk`` works in them.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], folder: Path, *, fills_disks: bool) -> None:
         self._process, self._folder, self._count = process, folder, 0
+        self.fills_disks = fills_disks
 
     def run(
         self,
@@ -49,7 +55,6 @@ class ForkServer:
         *,
         fault: str | None = None,
         kill_after_s: float | None = None,
-        file_limit: int | None = None,
         folder: Path | None = None,
         environment: Mapping[str, str] | None = None,
         apart: bool = False,
@@ -60,12 +65,11 @@ class ForkServer:
             argv: Of the command.
             fault: What goes wrong, see ``compressor.run.faults``.
             kill_after_s: When it is killed.
-            file_limit: Bytes that a file may get.
             folder: In which it runs.
             environment: Variables of this run.
             apart: Whether stderr is kept apart from stdout.
         """
-        request = {"kill_after_s": kill_after_s, "file_limit": file_limit, "folder": folder and str(folder)}
+        request = {"kill_after_s": kill_after_s, "folder": folder and str(folder)}
         variables = {**(environment or {}), "BLOCKPRESS_FAULT": fault or ""}
         return self._start(argv, [variables], request, apart=apart)[0]
 
@@ -94,9 +98,7 @@ class ForkServer:
             }
             for rank in range(ranks)
         ]
-        return self._start(
-            argv, environments, {"kill_after_s": None, "file_limit": None, "folder": None}, apart=False
-        )
+        return self._start(argv, environments, {"kill_after_s": None, "folder": None}, apart=False)
 
     def _start(
         self,
@@ -130,21 +132,22 @@ def _text(log: Path) -> str:
 
 
 @contextmanager
-def fork_server(folder: Path, environment: Mapping[str, str] | None = None) -> Iterator[ForkServer]:
+def fork_server(folder: Path) -> Iterator[ForkServer]:
     """A server for the time of the context; logs and the cache of its runs lie in ``folder``."""
+    preloaded = build_full_disk(folder)
     process = subprocess.Popen(
         [sys.executable, str(SERVER)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=folder,
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, **preloaded},
     )
     assert process.stdin is not None
     assert process.stdout is not None
     try:
         assert process.stdout.readline() == "ready\n"
-        yield ForkServer(process, folder)
+        yield ForkServer(process, folder, fills_disks=bool(preloaded))
     finally:
         process.stdin.close()
         process.stdout.close()

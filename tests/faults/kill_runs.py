@@ -18,7 +18,6 @@ import itertools
 import json
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +28,8 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from faults.interrupted_runs import (  # noqa: E402  # its folder has to be known first
+from faults.full_disk import full_from  # noqa: E402  # its folder has to be known first
+from faults.interrupted_runs import (  # noqa: E402
     KILLED,
     Ended,
     ForkServer,
@@ -131,8 +131,7 @@ def fill_disk_at_writes(harness: Harness, step: int) -> int:
     for failed in itertools.count():
         number = 1 + failed * step
         out = harness.place(f"write-{number}")
-        full = {"FULL_DISK": str(out.parent), "FULL_DISK_FROM": str(number)}
-        ended = harness.server.run(harness.run.argv(out), environment=full)
+        ended = harness.server.run(harness.run.argv(out), environment=full_from(number, out.parent))
         if ended.code == 0:
             shutil.rmtree(out.parent)
             return failed
@@ -144,17 +143,6 @@ def fill_disk_at_writes(harness: Harness, step: int) -> int:
         harness.finish(out)
         click.echo(f"write {number}: {len(harness.faults)} faults")
     raise AssertionError("the numbers do not end")
-
-
-def build_full_disk(folder: Path) -> Path | None:
-    """The library that lets writes fail, in ``folder``; None without a compiler."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None or not sys.platform.startswith("linux"):
-        return None
-    library = folder / "full_disk.so"
-    source = Path(__file__).with_name("full_disk.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
-    return library
 
 
 @click.command(help=__doc__)
@@ -170,15 +158,13 @@ def main(moments: int, chain: int, seed: int, points: bool, writes: str) -> None
         folder = Path(scratch)
         (folder / "server").mkdir()
         (folder / "input").mkdir()
-        library = build_full_disk(folder) if step else None
-        preloaded = {"LD_PRELOAD": str(library)} if library else {}
-        with fork_server(folder / "server", preloaded) as server:
+        with fork_server(folder / "server") as server:
             harness = Harness(server, tiny_run(folder / "input", validate=True), folder)
             click.echo(f"a whole run takes {harness.full.seconds:.1f} s")
             if points:
                 kill_at_points(harness)
             kill_at_moments(harness, moments, chain, seed)
-            if library is not None:
+            if step and server.fills_disks:
                 full_disks = fill_disk_at_writes(harness, step)
             elif step:
                 click.echo("no C compiler, or not Linux: no disk is filled")
