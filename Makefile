@@ -53,7 +53,7 @@ test: $(RUNTIME)
 
 # An hour: runs killed at every named point and at 200 random moments, and a full disk at every write.
 faults: $(INSTALLED)
-	$(ONE_THREAD) $(BIN)/python tests/faults/kill_runs.py --moments 200 --writes all
+	$(ONE_THREAD) $(BIN)/python tests/faults/kill_runs.py --moments 200 --writes
 
 # A quarter of an hour: runs of 2 and 4 processes on the CPU, against those of one; processes killed, silent, restarted.
 distributed: $(INSTALLED)
