@@ -15,7 +15,6 @@ must end with 5 and E-DISK-FULL and leave nothing but its state; the last one le
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import shutil
@@ -133,11 +132,13 @@ def kill_at_moments(harness: Harness, moments: int, chain: int, seed: int) -> No
 
 def fill_disk_at_writes(harness: Harness) -> int:
     """The disk full from each write on; how many runs ended by it."""
-    out, done, number = harness.place("writes"), 0, 1
-    for failed in itertools.count():
-        ended = harness.server.run(harness.run.argv(out), environment=full_from(number, out.parent))
-        if ended.code == 0:
-            break
+    out, done, number, failed = harness.place("writes"), 0, 1, 0
+
+    def start() -> Ended:
+        return harness.server.run(harness.run.argv(out), environment=full_from(number, out.parent))
+
+    while (ended := start()).code != 0:
+        failed += 1
         if ended.code != 5 or "E-DISK-FULL" not in ended.said:
             harness.note(f"write {number} behind window {done}: exit {ended.code}: {ended.said[-500:]}")
         left = {path.name for path in out.parent.iterdir()} - {state_of(out).name}
