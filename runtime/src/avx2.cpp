@@ -18,15 +18,26 @@ BLOCKPRESS_TARGET("avx2,fma,f16c,popcnt")
 namespace blockpress {
 namespace {
 
-alignas(64) constexpr auto kBytesLow = ExpandIndices<1>(0);  // into the low eight bytes of a vector
-alignas(64) constexpr auto kBytesHigh = ExpandIndices<1>(8); // into the high eight bytes
-alignas(64) constexpr auto kHalves = ExpandIndices<2>(0);
+alignas(64) constexpr auto kBytes = ExpandIndices<1>();
+alignas(64) constexpr auto kHalves = ExpandIndices<2>();
+
+// The indices of a mask byte, then eight times the number of its bits.
+constexpr std::array<std::array<uint8_t, 16>, 256> IndicesAndCounts() {
+  std::array<std::array<uint8_t, 16>, 256> table{};
+  for (int bits = 0; bits < 256; ++bits)
+    for (int k = 0; k < 8; ++k) {
+      table[bits][k] = kBytes[bits][k];
+      table[bits][8 + k] = static_cast<uint8_t>(CountBits(static_cast<uint64_t>(bits)));
+    }
+  return table;
+}
+alignas(64) constexpr auto kBytesAndCount = IndicesAndCounts();
 
 inline __m128i Load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
 
-inline __m128i Load8And8(const void* low, const void* high) {
-  const __m128d first = _mm_castsi128_pd(Load8(low));
-  return _mm_castpd_si128(_mm_loadh_pd(first, static_cast<const double*>(high)));
+// `low` with its high eight bytes replaced.
+inline __m128i LoadHigh8(__m128i low, const void* high) {
+  return _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(low), static_cast<const double*>(high)));
 }
 
 inline int64_t Count(uint32_t bits) { return _mm_popcnt_u32(bits); }
@@ -37,11 +48,11 @@ inline __m256 Float8(__m128i int8) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_ep
 template <ValueType type> inline __m256 ExpandFloats(const uint8_t* p, uint32_t bits) {
   if constexpr (type == ValueType::kFloat32) {
     // The same indices, one a lane: the top bit of a lane says that nothing is stored there.
-    const __m256i lanes = _mm256_cvtepi8_epi32(Load8(kBytesLow[bits].data()));
+    const __m256i lanes = _mm256_cvtepi8_epi32(Load8(kBytes[bits].data()));
     const __m256 values = _mm256_permutevar8x32_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(p)), lanes);
     return _mm256_blendv_ps(values, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
   } else if constexpr (type == ValueType::kInt8) {
-    return Float8(_mm_shuffle_epi8(Load8(p), Load8(kBytesLow[bits].data())));
+    return Float8(_mm_shuffle_epi8(Load8(p), Load8(kBytes[bits].data())));
   } else {
     const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     const __m128i indices = _mm_load_si128(reinterpret_cast<const __m128i*>(kHalves[bits].data()));
@@ -51,13 +62,17 @@ template <ValueType type> inline __m256 ExpandFloats(const uint8_t* p, uint32_t 
   }
 }
 
-// Sixteen columns of int8: two bytes of the mask, whose first value lies at p, which moves on.
-inline __m128i ExpandBytes(const uint8_t*& p, const uint8_t* bits) {
-  const uint32_t low = bits[0], high = bits[1];
-  const uint8_t* second = p + Count(low);
-  const __m128i values = Load8And8(p, second);
-  p = second + Count(high);
-  return _mm_shuffle_epi8(values, Load8And8(kBytesLow[low].data(), kBytesHigh[high].data()));
+// The set bits of the first `columns` columns of a piece.
+template <int columns> inline int64_t CountFirst(uint64_t word) {
+  return static_cast<int64_t>(_mm_popcnt_u64(word << (64 - columns)));
+}
+
+// Sixteen columns of int8: two bytes of the mask, whose first value lies at p. The second eight indices go on from the
+// number of the first byte's bits.
+inline __m128i ExpandBytes(const uint8_t* p, const uint8_t* bits) {
+  const __m128i second = LoadHigh8(_mm_setzero_si128(), kBytes[bits[1]].data());
+  const __m128i first = _mm_load_si128(reinterpret_cast<const __m128i*>(kBytesAndCount[bits[0]].data()));
+  return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_add_epi8(first, second));
 }
 
 // int4 values are first unpacked to int8, several pieces ahead, and then go the way of int8.
@@ -220,12 +235,14 @@ struct Avx2 {
     template <class Use> void EachBytes(const uint8_t* bits, Use use) {
       FetchAhead<Avx2, type>(values(), bits);
       const uint8_t* values = Begin();
-      for (int j = 0; j < 2; ++j) {
-        const __m128i low = ExpandBytes(values, bits + 4 * j);
-        const __m128i high = ExpandBytes(values, bits + 4 * j + 2);
-        use(j, _mm256_set_m128i(high, low));
-      }
-      End(values);
+      const uint64_t word = MaskWord(bits);
+      const __m128i first = ExpandBytes(values, bits);
+      const __m128i second = ExpandBytes(values + CountFirst<16>(word), bits + 2);
+      use(0, _mm256_set_m128i(second, first));
+      const __m128i third = ExpandBytes(values + CountFirst<32>(word), bits + 4);
+      const __m128i fourth = ExpandBytes(values + CountFirst<48>(word), bits + 6);
+      use(1, _mm256_set_m128i(fourth, third));
+      End(values + CountFirst<64>(word));
     }
 
     // Where the next piece begins.
