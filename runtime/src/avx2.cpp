@@ -222,7 +222,7 @@ struct Avx2 {
     // Calls use(j, columns 8 j to 8 j + 7 of the piece) for its eight parts.
     template <class Use> void EachFloats(const uint8_t* bits, Use use) {
       constexpr ValueType kStored = type == ValueType::kInt4 ? ValueType::kInt8 : type;
-      FetchAhead<Avx2, type>(values(), bits);
+      FetchValues<Avx2, type>(values());
       const uint8_t* values = Begin();
       for (int j = 0; j < 8; ++j) {
         use(j, ExpandFloats<kStored>(values, bits[j]));
@@ -233,7 +233,7 @@ struct Avx2 {
 
     // Calls use(j, columns 32 j to 32 j + 31 of the piece) for its two halves.
     template <class Use> void EachBytes(const uint8_t* bits, Use use) {
-      FetchAhead<Avx2, type>(values(), bits);
+      FetchValues<Avx2, type>(values());
       const uint8_t* values = Begin();
       const uint64_t word = MaskWord(bits);
       const __m128i first = ExpandBytes(values, bits);

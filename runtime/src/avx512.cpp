@@ -118,7 +118,7 @@ struct Avx512 {
 
     // Calls use(j, columns 16 j to 16 j + 15 of the piece) for its four parts.
     template <class Use> void EachFloats(const uint8_t* bits, Use use) {
-      FetchAhead<Avx512, type>(values_, bits);
+      FetchValues<Avx512, type>(values_);
       const uint64_t word = MaskWord(bits);
       if constexpr (type == ValueType::kFloat32) {
         const uint64_t starts = PrefixCounts(word) << 8;
@@ -147,7 +147,7 @@ struct Avx512 {
 
     // Calls use(0, the 64 columns of the piece).
     template <class Use> void EachBytes(const uint8_t* bits, Use use) {
-      FetchAhead<Avx512, type>(values_, bits);
+      FetchValues<Avx512, type>(values_);
       const uint64_t word = MaskWord(bits);
       use(0, Expand(word));
       values_ += PieceBytes(word);

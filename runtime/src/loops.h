@@ -31,14 +31,18 @@ constexpr int64_t kTileWeights = 4; // rows of W that one step of the many-row p
 constexpr int64_t kExactColumns = 65536;
 
 // The values come in one stream, the mask in another. Processors fetch ahead within a page only, so the kernels ask for
-// what lies this many bytes ahead, in the next pages too; what lies behind the end is never read.
+// the values this many bytes ahead, in the next pages too, and for the mask of the next row; what lies behind the end is
+// never read.
 constexpr int64_t kValuesAhead = 1024;
-constexpr int64_t kMaskAhead = 512;
 
-template <class Isa, ValueType type> inline void FetchAhead(const uint8_t* values, const uint8_t* mask) {
+template <class Isa, ValueType type> inline void FetchValues(const uint8_t* values) {
   for (int64_t line = 0; line < ElementBytes(type); line += line == 0 ? 1 : 2) // a piece has up to 64 values
     Isa::Fetch(values + kValuesAhead + 64 * line);
-  Isa::Fetch(mask + kMaskAhead);
+}
+
+template <class Isa> inline void FetchNextMask(const Weight& weight, int64_t row) {
+  const uint8_t* next = weight.mask + (row + 1) * weight.mask_row_bytes();
+  for (int64_t byte = 0; byte < weight.mask_row_bytes(); byte += 64) Isa::Fetch(next + byte);
 }
 
 // Calls body(scale of the group, first piece, last piece) for each group of a row, none longer than `limit` columns.
@@ -61,6 +65,7 @@ inline const uint8_t* RowTimesFloats(const Weight& weight, int64_t row, const ui
   using Floats = typename Isa::Floats;
   constexpr int kSums = Rows == 1 ? 4 : Rows == 2 ? 2 : 1; // enough independent sums to hide the latency of Fma
   const MaskRow mask(weight, row);
+  FetchNextMask<Isa>(weight, row);
   typename Isa::template Cursor<type> cursor(mask, weight.pieces(), values);
   Floats total[Rows];
   for (int i = 0; i < Rows; ++i) total[i] = Isa::Zero();
@@ -93,6 +98,7 @@ inline const uint8_t* RowTimesBytes(const Weight& weight, int64_t row, const uin
                                     int64_t stride, const float* x_scales, float* y, int64_t stride_y) {
   using Floats = typename Isa::Floats;
   const MaskRow mask(weight, row);
+  FetchNextMask<Isa>(weight, row);
   typename Isa::template Cursor<type> cursor(mask, weight.pieces(), values);
   Floats total[Rows];
   for (int i = 0; i < Rows; ++i) total[i] = Isa::Zero();
