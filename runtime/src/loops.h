@@ -33,7 +33,7 @@ constexpr int64_t kExactColumns = 65536;
 // The values come in one stream, the mask in another. Processors fetch ahead within a page only, so the kernels ask for
 // the values this many bytes ahead, in the next pages too, and for the mask of the next row; what lies behind the end is
 // never read.
-constexpr int64_t kValuesAhead = 1024;
+constexpr int64_t kValuesAhead = 2048;
 
 template <class Isa, ValueType type> inline void FetchValues(const uint8_t* values) {
   for (int64_t line = 0; line < ElementBytes(type); line += line == 0 ? 1 : 2) // a piece has up to 64 values
@@ -49,11 +49,15 @@ template <class Isa> inline void FetchNextMask(const Weight& weight, int64_t row
 template <class Body>
 inline void EachGroup(const Weight& weight, const float* scales, int64_t first_column, int64_t last_column,
                       int64_t limit, Body body) {
-  int64_t column = first_column;
-  while (column < last_column) {
-    const int64_t group = column / weight.group_size;
-    const int64_t end = std::min({(group + 1) * weight.group_size, column + limit, last_column});
+  int64_t group = first_column / weight.group_size;
+  int64_t group_end = (group + 1) * weight.group_size;
+  for (int64_t column = first_column; column < last_column;) {
+    const int64_t end = std::min({group_end, column + limit, last_column});
     body(scales[group], column / kPieceColumns, (end + kPieceColumns - 1) / kPieceColumns);
+    if (end == group_end) {
+      ++group;
+      group_end += weight.group_size;
+    }
     column = end;
   }
 }
