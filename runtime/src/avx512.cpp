@@ -104,11 +104,13 @@ struct Avx512 {
     Floats Sums(int r, int i) const { return _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][i], too_much[r])); }
   };
 
+  template <ValueType type> struct Scratch {};
+
   template <ValueType type> class Cursor {
     static constexpr int64_t kElement = ElementBytes(type);
 
   public:
-    Cursor(const MaskRow&, int64_t, const uint8_t* values, int64_t = 0) : values_(values) {}
+    Cursor(const Weight&, const uint8_t* values, Scratch<type>*) : values_(values) {}
 
     static int64_t RowBytes(const MaskRow& mask, int64_t pieces) {
       int64_t bytes = 0;
