@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,32 @@ def test_publish_failure_at_any_rename_brings_the_old_output_back(
                 assert snapshot(out.parent) == before
         calls = fail_at + 1
     assert fail_at >= 8  # every product left and came
+    assert "old" not in snapshot(out.parent).values()
+
+
+def test_publish_on_a_disk_that_flushes_no_more_brings_the_old_output_back(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever flush is the first to fail, those behind it fail too; the staging folder goes all the same."""
+    publish_output(out, "old")
+    before, real = snapshot(out.parent), publish.flush_folder
+    for flushes in itertools.count():
+        left = iter(range(flushes))
+
+        def flushing(folder: Path, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(folder)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(publish, "flush_folder", flushing)
+            try:
+                publish_output(out, "new", force=True)
+                break
+            except OSError:
+                assert snapshot(out.parent) == before
+                assert not list(out.parent.rglob("*.staging"))
+    assert flushes >= 3  # what is new, the journal's folder, the output's
     assert "old" not in snapshot(out.parent).values()
 
 

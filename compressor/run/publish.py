@@ -102,8 +102,8 @@ class Staging:
         draft.write_text(json.dumps({"leaving": leaving, "coming": names}), encoding="utf-8")
         _fsync_file(draft)
         draft.rename(journal)
-        flush_folder(self.root)
         try:
+            flush_folder(self.root)
             _roll_forward(self.root, folder, leaving, names)
         except BaseException:
             _roll_back(self.root, folder, leaving, names)
@@ -189,7 +189,8 @@ def _roll_back(root: Path, folder: Path, leaving: list[str], coming: list[str]) 
     for name in reversed(leaving):
         if os.path.lexists(root / "old" / name):
             _move(root / "old" / name, folder / name)
-    flush_folder(folder)
+    with contextlib.suppress(OSError):  # the names are right already, and an error is under way
+        flush_folder(folder)
 
 
 def _move(source: Path, target: Path) -> None:
