@@ -239,9 +239,12 @@ class _FinishMethod(_Section):
     method: Literal["none", "kl", "auto"] = "none"
     temperature: Positive = 1.0
     # against over-fitting: weight of the layers' normalised squared errors beside KL (0: KL alone), and the share of a
-    # training window's tokens that are exchanged for others of the text each time it is used
+    # training window's tokens that are exchanged each time it is used, for others of the text or for what the dense
+    # model expects there; fading, the share falls to 0 in a line over the steps
     squarehead: NonNegative = 2.0
-    noise: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    noise: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    noise_from: Literal["text", "model"] = "model"
+    noise_fades: bool = True
 
 
 class FinishRecipe(TrainingRecipe, _FinishMethod):
@@ -255,6 +258,11 @@ class FinishRecipe(TrainingRecipe, _FinishMethod):
     def runs_dense(self) -> bool:
         """Whether a dense copy of the blocks runs along, since its states for the windows as they are do not do."""
         return self.squarehead > 0 or self.noise > 0
+
+    @property
+    def draws_from_dense(self) -> bool:
+        """Whether the dense model's states for the windows as they are say what to exchange tokens for."""
+        return self.noise > 0 and self.noise_from == "model"
 
 
 class CalibrationRecipe(_Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -69,11 +69,13 @@ def test_repair_in_parts_equals_the_repair_of_whole_batches(method: Any, first_t
     assert (told_of_parts.steps, told_of_parts.best_step) == (told.steps, told.best_step)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize(("noise", "source"), [(0.0, "text"), (0.3, "text"), (0.3, "model")])
 @pytest.mark.parametrize("weight", [0.0, 2.0])
-def test_finish_in_parts_equals_the_finish_of_whole_batches(noise: float, weight: float) -> None:
+def test_finish_in_parts_equals_the_finish_of_whole_batches(
+    noise: float, source: Literal["text", "model"], weight: float
+) -> None:
     """KL, the layers' errors over the whole batch's mean square, and the same tokens exchanged."""
-    recipe = FinishRecipe(epochs=2, batch_size=4, lr=3e-3, squarehead=weight, noise=noise)
+    recipe = FinishRecipe(epochs=2, batch_size=4, lr=3e-3, squarehead=weight, noise=noise, noise_from=source)
     whole, parts = sparse_model(), replace(sparse_model(), micro_batch=1)
     told, told_of_parts = (
         kl.finish(model, recipe, seed=3, tell=lambda step: None) for model in (whole, parts)

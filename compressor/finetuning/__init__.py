@@ -83,8 +83,8 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
                 "finish",
                 recipe.finish.method,
                 lambda model, seed, tell: finish(model, recipe.finish, seed=seed, tell=tell),
-                # where a dense model runs along, it gives the last states too
-                needs_dense=not recipe.finish.runs_dense,
+                # where a dense model runs along, it gives the last states too, but of the windows with their noise
+                needs_dense=not recipe.finish.runs_dense or recipe.finish.draws_from_dense,
             )
         )
     return tuple(stages)

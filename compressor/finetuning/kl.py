@@ -21,5 +21,12 @@ from compressor.recipe import FinishRecipe
 
 def finish(model: SparseModel, recipe: FinishRecipe, *, seed: int, tell: Tell) -> Finetuned:
     """Tunes all kept weights, biases and norm gains of ``model``'s blocks in place; see ``tuning.tune``."""
-    objective = Objective(kd=1.0, sq=recipe.squarehead, temperature=recipe.temperature, noise=recipe.noise)
+    objective = Objective(
+        kd=1.0,
+        sq=recipe.squarehead,
+        temperature=recipe.temperature,
+        noise=recipe.noise,
+        noise_from=recipe.noise_from,
+        noise_fades=recipe.noise_fades,
+    )
     return tune("kl", model, OwnWeights(model), objective, recipe, recipe.trials, seed=seed, tell=tell)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,10 @@ class Objective:
         kd: h_kd, weight of the divergence from the dense model's logits.
         sq: h_sq, weight of the layers' normalised squared errors.
         temperature: Of the logits in KL.
-        noise: Share of a training window's tokens that are exchanged (``noise.with_noise``); for objectives that ask
-            the dense model alone, since the text does not go on from tokens that it has not.
+        noise: Share of a training window's tokens that are exchanged (``compressor.finetuning.noise``); for objectives
+            that ask the dense model alone, since the text does not go on from tokens that it has not.
+        noise_from: The text, or the dense model, which is asked what it expects there.
+        noise_fades: Whether the share falls to 0 in a line over the steps.
     """
 
     ce: float = 0.0
@@ -37,6 +40,8 @@ class Objective:
     sq: float = 0.0
     temperature: float = 1.0
     noise: float = 0.0
+    noise_from: Literal["text", "model"] = "text"
+    noise_fades: bool = False
 
     @property
     def name(self) -> str:

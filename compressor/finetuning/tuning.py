@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from compressor.errors import InputRefused
 from compressor.finetuning.losses import Objective, layer_powers, squarehead, token_loss
-from compressor.finetuning.noise import with_noise
+from compressor.finetuning.noise import shares, with_expected, with_noise
 from compressor.finetuning.parametrisation import Parametrisation
 from compressor.finetuning.sparse_model import (
     KEPT_ACTIVATIONS_BYTES,
@@ -173,10 +174,13 @@ class _Tuning:
         self, recipe: TrainingRecipe, best: BestWeights | None, *, lr: float, seed: int, tell: Tell
     ) -> Course:
         """One training from the weights as they are, with random numbers of its own."""
+        windows, objective = self._model.training, self._objective
+        steps = recipe.epochs * math.ceil(len(windows) / recipe.batch_size)
+        noise = shares(objective.noise, steps, fades=objective.noise_fades)
         task = Task(
             weights=self._parametrisation.weights,
-            windows=len(self._model.training),
-            losses=lambda batches: self._losses(self._model.training, batches, self._objective.noise),
+            windows=len(windows),
+            losses=lambda batches: self._losses(windows, batches, noise),
             heldout=self.heldout,
             zero_gradients=self._parametrisation.zero_gradients,
             device=self._model.device,
@@ -190,7 +194,7 @@ class _Tuning:
             tell(Step(number, total, lr, trial))
 
         # Dropout differs between ranks; noise is drawn for whole batches, by all of them alike.
-        own = 0 if self._objective.noise else self._model.ranks.rank
+        own = 0 if objective.noise else self._model.ranks.rank
         with random_state(self._model.device, seed + 1_000_003 * own):
             self._parametrisation.train(True)
             return train(task, recipe, best, lr=lr, seed=seed, progress=told)
@@ -224,25 +228,22 @@ class _Tuning:
         total = torch.zeros((), dtype=torch.float64, device=self._model.device)
         self._parametrisation.train(False)
         with torch.no_grad():
-            losses = self._losses(windows, batches)
+            losses = self._losses(windows, batches, repeat(0.0))
             for rows in batches:
                 for _ in parts_of(rows, self._model.micro_batch):
                     total += next(losses) * len(rows)
         self._parametrisation.train(True)
         return self._model.ranks.total(float(total))[0] / max(1, len(windows))
 
-    def _losses(self, windows: Windows, batches: Batches, noise: float = 0.0) -> Iterator[Tensor]:
-        """The objective of each part of each batch, in float32, with a share of the tokens exchanged.
+    def _losses(self, windows: Windows, batches: Batches, noise: Iterator[float]) -> Iterator[Tensor]:
+        """The objective of each part of each batch, in float32, with its share ``noise`` of the tokens exchanged.
 
         The parts of a batch, on all ranks, add up to its objective: what is divided by is the whole batch's. A rank
         without a row has a part without gradients.
         """
         model, batches = self._model, list(batches)
         for rows, (own, dense) in zip(batches, _own_rows(windows, batches, model.ranks), strict=True):
-            # All ranks draw for the whole batch.
-            noisy = with_noise(windows.ids[list(rows)], noise, windows.ids)
-            places = {row: place for place, row in enumerate(rows)}
-            ids = noisy[[places[row] for row in own]].to(model.device)
+            ids = self._ids(windows, rows, own, dense, next(noise))
             parts = [
                 slice(part.start, part.stop) for part in in_order(len(own), model.micro_batch or len(rows))
             ] or [slice(0, 0)]
@@ -251,6 +252,25 @@ class _Tuning:
                 loss = self._loss(ids[part], None if dense is None else dense[part], powers)
                 share = len(ids[part]) / len(rows)
                 yield loss if share == 1 else loss * share
+
+    def _ids(
+        self, windows: Windows, rows: Sequence[int], own: Sequence[int], dense: Tensor | None, noise: float
+    ) -> Tensor:
+        """The tokens of this rank's rows ``own`` of a batch, a share of them exchanged; on the device.
+
+        All ranks draw for the whole batch.
+        """
+        model, places = self._model, [rows.index(row) for row in own]
+        if not noise or self._objective.noise_from == "text":
+            return with_noise(windows.ids[list(rows)], noise, windows.ids)[places].to(model.device)
+        chances = torch.rand(2, len(rows), windows.ids.shape[1])[:, places]
+        ids = windows.ids[list(own)]
+        if not len(ids):
+            return ids.to(model.device)
+        with torch.no_grad():
+            if dense is None:
+                dense = self._dense_states(ids.to(model.device))[-1]
+            return with_expected(ids, noise, chances, dense, model.head, vocab_size=model.vocab_size)
 
     def _loss(self, ids: Tensor, dense: Tensor | None, powers: Sequence[Tensor] | None) -> Tensor:
         """The objective over ``ids`` (B, T), 0 without any; see ``token_loss`` and ``squarehead`` for the others."""
