@@ -51,9 +51,9 @@ demo: $(RUNTIME)
 test: $(RUNTIME)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2
 
-# Half an hour and more: runs killed at every named point and at 200 random moments.
+# An hour: runs killed at every named point and at 200 random moments, and a full disk at every write.
 faults: $(INSTALLED)
-	$(ONE_THREAD) $(BIN)/python tests/faults/kill_runs.py --moments 200
+	$(ONE_THREAD) $(BIN)/python tests/faults/kill_runs.py --moments 200 --writes
 
 # A quarter of an hour: runs of 2 and 4 processes on the CPU, against those of one; processes killed, silent, restarted.
 distributed: $(INSTALLED)
@@ -62,7 +62,7 @@ distributed: $(INSTALLED)
 # Ten thousand mutated files of each format that the program reads, and two hundred by the real command: hours. Then twenty
 # thousand matrices for the runtime's kernels.
 fuzz: $(INSTALLED)
-	$(ONE_THREAD) $(BIN)/python tests/fuzz/fuzzing.py --mutations 10000 --commands 200
+	$(ONE_THREAD) $(BIN)/python tests/fuzz/fuzzing.py --mutations 10000 --commands 200 --processes 10
 	$(BIN)/cmake -S runtime -B build/driver -DBLOCKPRESS_DRIVER=ON
 	$(BIN)/cmake --build build/driver
 	build/driver/driver --rounds 20000

@@ -102,6 +102,18 @@ def test_cli_closed_stdout_is_quiet(reader_waits: bool) -> None:
     assert process.returncode == 0
 
 
+def test_cli_json_is_all_of_stdout() -> None:
+    """What a native library prints by itself goes to stderr; a program reads stdout."""
+    code = (
+        "import os; from compressor import cli; "
+        "cli._invoke = lambda tokens: os.write(1, b'native\\n') and cli.click.echo('{}'); "
+        "cli.main(['--json']); os.write(1, b'afterwards')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ended.stdout == "{}\nafterwards"
+    assert ended.stderr == "native\n"
+
+
 def test_cli_api_names_are_lazy() -> None:
     """The package's public names exist, and importing it loads none of them."""
     code = "import sys, compressor; assert 'torch' not in sys.modules; print(*sorted(dir(compressor)))"

@@ -10,7 +10,7 @@ from finetune_samples import sparse_model
 from torch import Tensor
 
 from compressor.finetuning import kl, noise, stages_of
-from compressor.finetuning.noise import LIKELIEST, shares, with_expected, with_noise
+from compressor.finetuning.noise import shares, with_expected, with_noise
 from compressor.finetuning.sparse_model import SparseModel
 from compressor.finetuning.tuning import Finetuned
 from compressor.recipe import FinishRecipe, Recipe
@@ -110,13 +110,14 @@ def test_expected_tokens_are_asked_for_one_place_before() -> None:
 
 
 @pytest.mark.parametrize("chance", [0.0, 1 - 2**-24])
-def test_expected_tokens_are_among_the_likeliest(chance: float) -> None:
+def test_expected_tokens_are_among_the_likeliest(monkeypatch: pytest.MonkeyPatch, chance: float) -> None:
     """At either end of the chances one of the 64 likeliest tokens of 100 is drawn, and never one of no probability."""
+    monkeypatch.setattr(noise, "LIKELIEST", 64)
     logits = torch.arange(100.0).expand(1, 3, 100).clone()
     logits[..., 99] = -torch.inf
     chances = torch.tensor([0.0, chance])[:, None, None].expand(2, 1, 3)
     noisy = expected(torch.zeros(1, 3, dtype=torch.int64), 0.5, logits, chances=chances)
-    assert 100 - 1 - LIKELIEST <= noisy[0, 1] < 99
+    assert 100 - 1 - 64 <= noisy[0, 1] < 99
 
 
 def test_expected_tokens_are_drawn_in_pieces_of_few_logits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +133,7 @@ def test_expected_tokens_are_drawn_in_pieces_of_few_logits(monkeypatch: pytest.M
 def test_finish_draws_alike_from_kept_states_and_from_computed_ones() -> None:
     """Kept hidden states of the windows as they are say what is expected; without them a pass more does."""
     kept, computed = sparse_model(), sparse_model(dense=False)
-    results = [finished(model, noise=0.3) for model in (kept, computed)]
+    results = [finished(model, noise=0.3, noise_from="model") for model in (kept, computed)]
     assert results[0].train_loss_last == pytest.approx(results[1].train_loss_last, rel=1e-5)
 
 
@@ -143,7 +144,7 @@ def test_dense_states_are_kept_where_tokens_are_drawn_from_them() -> None:
         recipe = Recipe.model_validate({"finish": {"method": "kl", **settings}})
         return stages_of(recipe)[-1].needs_dense
 
-    assert needed()
+    assert needed(noise_from="model")
     assert needed(noise=0.0, squarehead=0.0)
-    assert not needed(noise=0.0)
+    assert not needed(noise_from="model", noise=0.0)
     assert not needed(noise_from="text")

@@ -79,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if foreign is not None:
         _print_shadowed(foreign, as_json="--json" in tokens)
         return 2
-    return _end(tokens)
+    from compressor.cli.terminal import stdout_of_its_own
+
+    with stdout_of_its_own():
+        return _end(tokens)
 
 
 def _print_shadowed(package: str, *, as_json: bool) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO
 
 import click
 
+_STDOUT, _STDERR = 1, 2
 _THOUSANDS = "\u202f"  # a space by which numbers are grouped; it moves nothing
 
 
@@ -54,6 +57,35 @@ def bold_green(text: str, stream: IO[str]) -> str:
 def bold_yellow(text: str, stream: IO[str]) -> str:
     """``text``, yellow where ``stream`` shows colours."""
     return _styled(text, stream, "yellow")
+
+
+@contextmanager
+def stdout_of_its_own() -> Iterator[None]:
+    """Keep stdout for what the command itself prints: a native library's own words (tokenizers has some) go to stderr.
+
+    Without effect where stdout is not the process's own, as in a test that captures it.
+    """
+    own = sys.stdout
+    if not _is_descriptor(own, _STDOUT) or not _is_descriptor(sys.stderr, _STDERR):
+        yield
+        return
+    own.flush()
+    kept = os.dup(_STDOUT)
+    os.dup2(_STDERR, _STDOUT)
+    try:
+        with open(kept, "w", encoding=own.encoding, errors=own.errors, closefd=False) as sys.stdout:
+            yield
+    finally:
+        sys.stdout = own
+        os.dup2(kept, _STDOUT)
+        os.close(kept)
+
+
+def _is_descriptor(stream: IO[str] | None, descriptor: int) -> bool:
+    try:
+        return stream is not None and stream.fileno() == descriptor
+    except (OSError, ValueError):  # no file, or closed
+        return False
 
 
 def discard_stdout() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from compressor.finetuning.losses import LOGITS
 
 # What the dense model expects is drawn from this many tokens, its likeliest ones.
-LIKELIEST = 64
+LIKELIEST = 512
 
 
 def shares(noise: float, steps: int, *, fades: bool) -> Iterator[float]:
@@ -75,7 +75,7 @@ def with_expected(
     if not len(rows):
         return exchanged
     at_once = max(1, LOGITS // vocab_size)
-    for row, place in zip(rows.split(at_once), places.split(at_once), strict=True):
+    for row, place in zip(torch.split(rows, at_once), torch.split(places, at_once), strict=True):
         logits = head(states[row, place - 1][None])[0]  # (n, V)
         exchanged[row, place] = _drawn(logits, chances[1, row, place].to(logits.device))
     return exchanged

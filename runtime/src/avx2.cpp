@@ -18,15 +18,26 @@ BLOCKPRESS_TARGET("avx2,fma,f16c,popcnt")
 namespace blockpress {
 namespace {
 
-alignas(64) constexpr auto kBytesLow = ExpandIndices<1>(0);  // into the low eight bytes of a vector
-alignas(64) constexpr auto kBytesHigh = ExpandIndices<1>(8); // into the high eight bytes
-alignas(64) constexpr auto kHalves = ExpandIndices<2>(0);
+alignas(64) constexpr auto kBytes = ExpandIndices<1>();
+alignas(64) constexpr auto kHalves = ExpandIndices<2>();
+
+// The indices of a mask byte, then eight times the number of its bits.
+constexpr std::array<std::array<uint8_t, 16>, 256> IndicesAndCounts() {
+  std::array<std::array<uint8_t, 16>, 256> table{};
+  for (int bits = 0; bits < 256; ++bits)
+    for (int k = 0; k < 8; ++k) {
+      table[bits][k] = kBytes[bits][k];
+      table[bits][8 + k] = static_cast<uint8_t>(CountBits(static_cast<uint64_t>(bits)));
+    }
+  return table;
+}
+alignas(64) constexpr auto kBytesAndCount = IndicesAndCounts();
 
 inline __m128i Load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
 
-inline __m128i Load8And8(const void* low, const void* high) {
-  const __m128d first = _mm_castsi128_pd(Load8(low));
-  return _mm_castpd_si128(_mm_loadh_pd(first, static_cast<const double*>(high)));
+// `low` with its high eight bytes replaced.
+inline __m128i LoadHigh8(__m128i low, const void* high) {
+  return _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(low), static_cast<const double*>(high)));
 }
 
 inline int64_t Count(uint32_t bits) { return _mm_popcnt_u32(bits); }
@@ -37,11 +48,11 @@ inline __m256 Float8(__m128i int8) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_ep
 template <ValueType type> inline __m256 ExpandFloats(const uint8_t* p, uint32_t bits) {
   if constexpr (type == ValueType::kFloat32) {
     // The same indices, one a lane: the top bit of a lane says that nothing is stored there.
-    const __m256i lanes = _mm256_cvtepi8_epi32(Load8(kBytesLow[bits].data()));
+    const __m256i lanes = _mm256_cvtepi8_epi32(Load8(kBytes[bits].data()));
     const __m256 values = _mm256_permutevar8x32_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(p)), lanes);
     return _mm256_blendv_ps(values, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
   } else if constexpr (type == ValueType::kInt8) {
-    return Float8(_mm_shuffle_epi8(Load8(p), Load8(kBytesLow[bits].data())));
+    return Float8(_mm_shuffle_epi8(Load8(p), Load8(kBytes[bits].data())));
   } else {
     const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     const __m128i indices = _mm_load_si128(reinterpret_cast<const __m128i*>(kHalves[bits].data()));
@@ -51,63 +62,71 @@ template <ValueType type> inline __m256 ExpandFloats(const uint8_t* p, uint32_t 
   }
 }
 
-// Sixteen columns of int8: two bytes of the mask, whose first value lies at p, which moves on.
-inline __m128i ExpandBytes(const uint8_t*& p, const uint8_t* bits) {
-  const uint32_t low = bits[0], high = bits[1];
-  const uint8_t* second = p + Count(low);
-  const __m128i values = Load8And8(p, second);
-  p = second + Count(high);
-  return _mm_shuffle_epi8(values, Load8And8(kBytesLow[low].data(), kBytesHigh[high].data()));
+// The set bits of the first `columns` columns of a piece.
+template <int columns> inline int64_t CountFirst(uint64_t word) {
+  return static_cast<int64_t>(_mm_popcnt_u64(word << (64 - columns)));
 }
 
-// int4 values are first unpacked to int8, several pieces ahead, and then go the way of int8.
-class UnpackedInt4 {
-public:
-  UnpackedInt4(const MaskRow& mask, int64_t pieces, const uint8_t* values, int64_t piece)
-      : mask_(mask), pieces_(pieces), piece_(piece), unpacked_to_(piece), values_(values) {}
+// Sixteen columns of int8: two bytes of the mask, whose first value lies at p. The second eight indices go on from the
+// number of the first byte's bits.
+inline __m128i ExpandBytes(const uint8_t* p, const uint8_t* bits) {
+  const __m128i second = LoadHigh8(_mm_setzero_si128(), kBytes[bits[1]].data());
+  const __m128i first = _mm_load_si128(reinterpret_cast<const __m128i*>(kBytesAndCount[bits[0]].data()));
+  return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_add_epi8(first, second));
+}
 
-  // The int8 values of the next piece.
-  const uint8_t* Next() {
-    if (piece_ == unpacked_to_) Unpack();
-    const uint8_t* piece = unpacked_ + at_;
-    const int64_t bytes = PieceBytes(MaskWord(mask_.piece(piece_)));
-    at_ += 2 * bytes;
-    values_ += bytes;
-    ++piece_;
-    return piece;
+// int4 values are first unpacked to int8, some hundred ahead, and then go the way of int8.
+class UnpackedInt4 {
+  static constexpr int64_t kAhead = 512;
+
+public:
+  struct Scratch {
+    alignas(32) uint8_t values[kAhead + 2 * kPieceColumns];
+  };
+  UnpackedInt4(const Weight& weight, const uint8_t* values, Scratch* scratch)
+      : next_(values), end_(weight.values_end()), unpacked_(scratch->values) {}
+
+  // The int8 values from the current piece on: at least all of that piece.
+  const uint8_t* Current() {
+    if (filled_ - at_ < kPieceColumns) Unpack();
+    return unpacked_ + at_;
   }
-  const uint8_t* values() const { return values_; }
-  static int64_t PieceBytes(uint64_t word) { return (static_cast<int64_t>(_mm_popcnt_u64(word)) + 1) / 2; }
+  // Moves on from a piece of `count` values.
+  void Skip(int64_t count) { at_ += (count + 1) / 2 * 2; }
+  const uint8_t* values() const { return next_ - (filled_ - at_) / 2; }
 
 private:
-  static constexpr int64_t kAhead = 16;
-
   void Unpack() {
-    unpacked_to_ = std::min(piece_ + kAhead, pieces_);
-    int64_t bytes = 0;
-    for (int64_t i = piece_; i < unpacked_to_; ++i) bytes += PieceBytes(MaskWord(mask_.piece(i)));
-    const __m256i low = _mm256_set1_epi16(0x0f);
-    const __m256i eight = _mm256_set1_epi8(8);
-    for (int64_t i = 0; i < bytes; i += 16) {
-      const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values_ + i)));
-      const __m256i second = _mm256_slli_epi16(_mm256_srli_epi16(pairs, 4), 8);
-      const __m256i both = _mm256_or_si256(_mm256_and_si256(pairs, low), second);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(unpacked_ + 2 * i), _mm256_sub_epi8(both, eight));
-    }
+    std::memmove(unpacked_, unpacked_ + at_, kPieceColumns); // what is left is less
+    filled_ -= at_;
     at_ = 0;
+    for (int64_t i = 0; i < kAhead && next_ < end_; i += 32, filled_ += 32, next_ += 16) {
+      const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(next_)));
+      const __m256i apart = _mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4));
+      const __m256i both = _mm256_and_si256(apart, _mm256_set1_epi8(0x0f));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(unpacked_ + filled_),
+                          _mm256_sub_epi8(both, _mm256_set1_epi8(8)));
+    }
   }
 
-  const MaskRow& mask_;
-  int64_t pieces_;
-  int64_t piece_;
-  int64_t unpacked_to_;
-  const uint8_t* values_;
+  const uint8_t* next_; // what is not unpacked yet
+  const uint8_t* end_;
+  uint8_t* unpacked_;
   int64_t at_ = 0;
-  alignas(32) uint8_t unpacked_[kAhead * kPieceColumns + 64];
+  int64_t filled_ = 0;
 };
 
-struct NoInt4 {
-  NoInt4(const MaskRow&, int64_t, const uint8_t*, int64_t) {}
+// Other values lie in the tensor as they are.
+template <ValueType type> class StoredValues {
+public:
+  struct Scratch {};
+  StoredValues(const Weight&, const uint8_t* values, Scratch*) : values_(values) {}
+  const uint8_t* Current() const { return values_; }
+  void Skip(int64_t count) { values_ += count * ElementBytes(type); }
+  const uint8_t* values() const { return values_; }
+
+private:
+  const uint8_t* values_;
 };
 
 struct Avx2 {
@@ -186,20 +205,21 @@ struct Avx2 {
     Floats Sums(int r, int i) const { return _mm256_cvtepi32_ps(sums[r][i]); }
   };
 
-  template <ValueType type> class Cursor : std::conditional_t<type == ValueType::kInt4, UnpackedInt4, NoInt4> {
-    using Int4 = std::conditional_t<type == ValueType::kInt4, UnpackedInt4, NoInt4>;
+  template <ValueType type>
+  using Values = std::conditional_t<type == ValueType::kInt4, UnpackedInt4, StoredValues<type>>;
+  template <ValueType type> using Scratch = typename Values<type>::Scratch;
+
+  template <ValueType type> class Cursor {
     static constexpr int64_t kElement = ElementBytes(type);
 
   public:
-    Cursor(const MaskRow& mask, int64_t pieces, const uint8_t* values, int64_t piece = 0)
-        : Int4(mask, pieces, values, piece), values_(values) {}
+    Cursor(const Weight& weight, const uint8_t* values, Scratch<type>* scratch) : values_(weight, values, scratch) {}
 
     static int64_t RowBytes(const MaskRow& mask, int64_t pieces) {
       int64_t bytes = 0;
       for (int64_t i = 0; i < pieces; ++i) {
-        const uint64_t word = MaskWord(mask.piece(i));
-        bytes += type == ValueType::kInt4 ? UnpackedInt4::PieceBytes(word)
-                                          : static_cast<int64_t>(_mm_popcnt_u64(word)) * kElement;
+        const int64_t count = CountFirst<64>(MaskWord(mask.piece(i)));
+        bytes += type == ValueType::kInt4 ? (count + 1) / 2 : count * kElement;
       }
       return bytes;
     }
@@ -207,43 +227,34 @@ struct Avx2 {
     // Calls use(j, columns 8 j to 8 j + 7 of the piece) for its eight parts.
     template <class Use> void EachFloats(const uint8_t* bits, Use use) {
       constexpr ValueType kStored = type == ValueType::kInt4 ? ValueType::kInt8 : type;
-      FetchAhead<Avx2, type>(values(), bits);
-      const uint8_t* values = Begin();
+      FetchValues<Avx2, type>(values_.values());
+      const uint8_t* values = values_.Current();
       for (int j = 0; j < 8; ++j) {
         use(j, ExpandFloats<kStored>(values, bits[j]));
         values += Count(bits[j]) * kElement;
       }
-      End(values);
+      values_.Skip(CountFirst<64>(MaskWord(bits)));
     }
 
     // Calls use(j, columns 32 j to 32 j + 31 of the piece) for its two halves.
     template <class Use> void EachBytes(const uint8_t* bits, Use use) {
-      FetchAhead<Avx2, type>(values(), bits);
-      const uint8_t* values = Begin();
-      for (int j = 0; j < 2; ++j) {
-        const __m128i low = ExpandBytes(values, bits + 4 * j);
-        const __m128i high = ExpandBytes(values, bits + 4 * j + 2);
-        use(j, _mm256_set_m128i(high, low));
-      }
-      End(values);
+      FetchValues<Avx2, type>(values_.values());
+      const uint8_t* values = values_.Current();
+      const uint64_t word = MaskWord(bits);
+      const __m128i first = ExpandBytes(values, bits);
+      const __m128i second = ExpandBytes(values + CountFirst<16>(word), bits + 2);
+      use(0, _mm256_set_m128i(second, first));
+      const __m128i third = ExpandBytes(values + CountFirst<32>(word), bits + 4);
+      const __m128i fourth = ExpandBytes(values + CountFirst<48>(word), bits + 6);
+      use(1, _mm256_set_m128i(fourth, third));
+      values_.Skip(CountFirst<64>(word));
     }
 
     // Where the next piece begins.
-    const uint8_t* values() const {
-      if constexpr (type == ValueType::kInt4) return Int4::values();
-      return values_;
-    }
+    const uint8_t* values() const { return values_.values(); }
 
   private:
-    const uint8_t* Begin() {
-      if constexpr (type == ValueType::kInt4) return Int4::Next();
-      else return values_;
-    }
-    void End(const uint8_t* values) {
-      if constexpr (type != ValueType::kInt4) values_ = values;
-    }
-
-    const uint8_t* values_;
+    Values<type> values_;
   };
 };
 

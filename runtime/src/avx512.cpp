@@ -104,11 +104,13 @@ struct Avx512 {
     Floats Sums(int r, int i) const { return _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][i], too_much[r])); }
   };
 
+  template <ValueType type> struct Scratch {};
+
   template <ValueType type> class Cursor {
     static constexpr int64_t kElement = ElementBytes(type);
 
   public:
-    Cursor(const MaskRow&, int64_t, const uint8_t* values, int64_t = 0) : values_(values) {}
+    Cursor(const Weight&, const uint8_t* values, Scratch<type>*) : values_(values) {}
 
     static int64_t RowBytes(const MaskRow& mask, int64_t pieces) {
       int64_t bytes = 0;
@@ -118,7 +120,7 @@ struct Avx512 {
 
     // Calls use(j, columns 16 j to 16 j + 15 of the piece) for its four parts.
     template <class Use> void EachFloats(const uint8_t* bits, Use use) {
-      FetchAhead<Avx512, type>(values_, bits);
+      FetchValues<Avx512, type>(values_);
       const uint64_t word = MaskWord(bits);
       if constexpr (type == ValueType::kFloat32) {
         const uint64_t starts = PrefixCounts(word) << 8;
@@ -147,7 +149,7 @@ struct Avx512 {
 
     // Calls use(0, the 64 columns of the piece).
     template <class Use> void EachBytes(const uint8_t* bits, Use use) {
-      FetchAhead<Avx512, type>(values_, bits);
+      FetchValues<Avx512, type>(values_);
       const uint64_t word = MaskWord(bits);
       use(0, Expand(word));
       values_ += PieceBytes(word);

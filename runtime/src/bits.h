@@ -25,11 +25,11 @@ inline uint64_t MaskWord(const uint8_t* bytes) {
 constexpr int64_t CountBits(uint64_t word) { return static_cast<int64_t>(PrefixCounts(word) >> 56); }
 
 // For each byte of a mask and each of its eight bits: `width` indices of the bytes of the value that the bit stands
-// for, counted from `base`, or 0x80 (the index for which pshufb gives zero) where the bit is not set.
-template <int width> constexpr std::array<std::array<uint8_t, 8 * width>, 256> ExpandIndices(int base) {
+// for, or 0x80 (the index for which pshufb gives zero) where the bit is not set.
+template <int width> constexpr std::array<std::array<uint8_t, 8 * width>, 256> ExpandIndices() {
   std::array<std::array<uint8_t, 8 * width>, 256> table{};
   for (int bits = 0; bits < 256; ++bits) {
-    int used = base;
+    int used = 0;
     for (int k = 0; k < 8; ++k) {
       const bool set = (bits >> k & 1) != 0;
       for (int byte = 0; byte < width; ++byte)

@@ -5,7 +5,7 @@
 //                          Times, Over, Fma(a, b, c) = a b + c, Sum, AddSums, LargerSize, StoreRounded (to int8)
 //   Bytes, kBytes          a vector of int8 and how many it holds
 //   Dots<Rows>             exact int32 sums of products of int8: one row of W with Rows rows of X
-//   Cursor<type>           walks the values of one row, one piece of 64 columns (eight bytes of its mask) at a time
+//   Cursor<type>           walks the values of one row, one piece of 64 columns (eight bytes of its mask) at a time; Scratch<type> is its memory
 //   TileByte, kTileBytes   how a tile holds an int8 weight, and how many of them one step takes; StoreTile
 //   TileDots<Rows>         as Dots, for kTileWeights rows of W out of a tile
 //   kTileRows              rows of X that one step of the many-row product takes
@@ -27,31 +27,30 @@ namespace blockpress {
 constexpr int64_t kFewRows = 4;
 constexpr int64_t kTileColumns = 512;
 constexpr int64_t kTileWeights = 4; // rows of W that one step of the many-row product takes
-// int32 lanes hold the sums of at least this many columns of products of int8 for any vector width.
-constexpr int64_t kExactColumns = 65536;
 
 // The values come in one stream, the mask in another. Processors fetch ahead within a page only, so the kernels ask for
-// what lies this many bytes ahead, in the next pages too; what lies behind the end is never read.
-constexpr int64_t kValuesAhead = 1024;
-constexpr int64_t kMaskAhead = 512;
+// the values this many bytes ahead, in the next pages too, and for the mask of the next row; what lies behind the end is
+// never read.
+constexpr int64_t kValuesAhead = 2048;
 
-template <class Isa, ValueType type> inline void FetchAhead(const uint8_t* values, const uint8_t* mask) {
+template <class Isa, ValueType type> inline void FetchValues(const uint8_t* values) {
   for (int64_t line = 0; line < ElementBytes(type); line += line == 0 ? 1 : 2) // a piece has up to 64 values
     Isa::Fetch(values + kValuesAhead + 64 * line);
-  Isa::Fetch(mask + kMaskAhead);
 }
 
-// Calls body(scale of the group, first piece, last piece) for each group of a row, none longer than `limit` columns.
+template <class Isa> inline void FetchNextMask(const Weight& weight, int64_t row) {
+  const uint8_t* next = weight.mask + (row + 1) * weight.mask_row_bytes();
+  for (int64_t byte = 0; byte < weight.mask_row_bytes(); byte += 64) Isa::Fetch(next + byte);
+}
+
+// Calls body(scale, first piece, last piece) for each group of a row among these pieces.
 template <class Body>
-inline void EachGroup(const Weight& weight, const float* scales, int64_t first_column, int64_t last_column,
-                      int64_t limit, Body body) {
-  int64_t column = first_column;
-  while (column < last_column) {
-    const int64_t group = column / weight.group_size;
-    const int64_t end = std::min({(group + 1) * weight.group_size, column + limit, last_column});
-    body(scales[group], column / kPieceColumns, (end + kPieceColumns - 1) / kPieceColumns);
-    column = end;
-  }
+inline void EachGroup(const Weight& weight, const float* scales, int64_t first_piece, int64_t last_piece, Body body) {
+  const int64_t group_pieces = weight.group_size / kPieceColumns;
+  int64_t group = first_piece / group_pieces;
+  int64_t end = (group + 1) * group_pieces;
+  for (int64_t piece = first_piece; piece < last_piece; piece = end, end += group_pieces)
+    body(scales[group++], piece, std::min(end, last_piece));
 }
 
 // One row of W times Rows rows of X as float32: y[i * stride_y] for each.
@@ -61,10 +60,12 @@ inline const uint8_t* RowTimesFloats(const Weight& weight, int64_t row, const ui
   using Floats = typename Isa::Floats;
   constexpr int kSums = Rows == 1 ? 4 : Rows == 2 ? 2 : 1; // enough independent sums to hide the latency of Fma
   const MaskRow mask(weight, row);
-  typename Isa::template Cursor<type> cursor(mask, weight.pieces(), values);
+  FetchNextMask<Isa>(weight, row);
+  typename Isa::template Scratch<type> scratch;
+  typename Isa::template Cursor<type> cursor(weight, values, &scratch);
   Floats total[Rows];
   for (int i = 0; i < Rows; ++i) total[i] = Isa::Zero();
-  EachGroup(weight, weight.row_scales(row), 0, weight.columns, weight.columns,
+  EachGroup(weight, weight.row_scales(row), 0, weight.pieces(),
             [&](float scale, int64_t first, int64_t last) {
               Floats sums[Rows][kSums];
               for (auto& of_row : sums)
@@ -93,10 +94,12 @@ inline const uint8_t* RowTimesBytes(const Weight& weight, int64_t row, const uin
                                     int64_t stride, const float* x_scales, float* y, int64_t stride_y) {
   using Floats = typename Isa::Floats;
   const MaskRow mask(weight, row);
-  typename Isa::template Cursor<type> cursor(mask, weight.pieces(), values);
+  FetchNextMask<Isa>(weight, row);
+  typename Isa::template Scratch<type> scratch;
+  typename Isa::template Cursor<type> cursor(weight, values, &scratch);
   Floats total[Rows];
   for (int i = 0; i < Rows; ++i) total[i] = Isa::Zero();
-  EachGroup(weight, weight.row_scales(row), 0, weight.columns, kExactColumns,
+  EachGroup(weight, weight.row_scales(row), 0, weight.pieces(),
             [&](float scale, int64_t first, int64_t last) {
               typename Isa::template Dots<Rows> dots;
               for (int64_t piece = first; piece < last; ++piece) {
@@ -179,6 +182,7 @@ void MultiplyStrip(const Weight& weight, const Activations& x, int64_t first_row
   using Element = std::conditional_t<quantized, typename Isa::TileByte, float>;
   using Cursor = typename Isa::template Cursor<type>;
   alignas(64) static thread_local Element tile[kStripRows * kTileColumns];
+  typename Isa::template Scratch<type> scratch;
   const uint8_t* starts[kStripRows];
   const uint8_t* values = weight.strip_values(first_row / kStripRows);
   for (int64_t r = 0; r < rows; ++r) {
@@ -189,12 +193,12 @@ void MultiplyStrip(const Weight& weight, const Activations& x, int64_t first_row
   for (int64_t m = 0; m < x.rows; ++m) std::fill_n(y + m * weight.rows + first_row, rows, 0.0f);
 
   for (int64_t first = 0; first < weight.columns; first += kTileColumns) {
-    const int64_t last = std::min(first + kTileColumns, weight.columns);
+    const int64_t last_piece = std::min((first + kTileColumns) / kPieceColumns, weight.pieces());
     for (int64_t r = 0; r < rows; ++r) {
       const MaskRow mask(weight, first_row + r);
-      Cursor cursor(mask, weight.pieces(), starts[r], first / kPieceColumns);
+      Cursor cursor(weight, starts[r], &scratch);
       Element* out = tile + r * kTileColumns;
-      EachGroup(weight, weight.row_scales(first_row + r), first, last, kTileColumns,
+      EachGroup(weight, weight.row_scales(first_row + r), first / kPieceColumns, last_piece,
                 [&](float scale, int64_t first_piece, int64_t last_piece) {
                   for (int64_t piece = first_piece; piece < last_piece; ++piece, out += kPieceColumns) {
                     const uint8_t* bits = mask.piece(piece);
@@ -209,7 +213,7 @@ void MultiplyStrip(const Weight& weight, const Activations& x, int64_t first_row
                 });
       starts[r] = cursor.values();
     }
-    const int64_t columns = (last - first + kPieceColumns - 1) / kPieceColumns * kPieceColumns;
+    const int64_t columns = last_piece * kPieceColumns - first;
     EachTileRows<Isa>(x.rows, [&](auto count, int64_t m) {
       constexpr int kCount = decltype(count)::value;
       alignas(64) float part[kCount][kStripRows] = {};

@@ -158,8 +158,9 @@ double RandomDensity(Random& random) {
 Packed RandomPacked(Random& random) {
   Packed packed;
   packed.type = static_cast<ValueType>(Between(random, 0, 4));
-  packed.rows = Between(random, 1, 300);
-  packed.attributes.columns = Between(random, 1, 300);
+  const bool wide = Between(random, 0, 15) == 0; // columns for several tiles
+  packed.rows = Between(random, 1, wide ? 20 : 300);
+  packed.attributes.columns = wide ? Between(random, 301, 4000) : Between(random, 1, 300);
   const bool integers = packed.type == ValueType::kInt8 || packed.type == ValueType::kInt4;
   if (integers) packed.attributes.activation_bits = Between(random, 0, 1) == 0 ? 32 : 8;
   if (integers) packed.attributes.group_size = 64 * Between(random, 0, 3);

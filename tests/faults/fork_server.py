@@ -1,8 +1,9 @@
 """Runs of the command line in children of a process that has done the imports: ``python fork_server.py``.
 
-Each line of standard input is one run as JSON: ``argv``, ``processes``, ``kill_after_s`` (or null) and ``file_limit``,
-the most bytes that a file may get (or null). A run has one process or several that share it, each with ``environment``
-(added to this one's) and ``log``, a file for what it prints; the first one is killed. Each run is answered by a line:
+Each line of standard input is one run as JSON: ``argv``, ``folder`` it is run in (or null), ``processes`` and
+``kill_after_s`` (or null). A run has one process or
+several that share it, each with ``environment`` (added to this one's) and two files for what it prints, ``log`` and
+``error_log``, which may be the same; the first one is killed. Each run is answered by a line:
 ``codes`` of the processes, negative for the signal that ended one, and ``seconds``. No tensor is touched in this
 process, so that no thread of torch is lost in a fork.
 """
@@ -11,15 +12,17 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import onnxruntime  # noqa: F401  # so that the children need not
-import torch.onnx  # noqa: F401
+import matplotlib.pyplot  # noqa: F401  # so that the children need not
+import networkx  # noqa: F401
+import onnxruntime  # noqa: F401
+import onnxscript.rewriter  # noqa: F401
+import torch.onnx._internal.exporter._core  # noqa: F401
 import transformers  # noqa: F401
 
 import compressor.models.export_view
@@ -63,12 +66,11 @@ def _become(request: dict[str, Any], process: dict[str, Any]) -> None:
     """Turn this child into one process of the run; it does not come back."""
     code = 1
     try:
-        log = os.open(process["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        for descriptor, log in ((1, process["log"]), (2, process["error_log"])):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
         os.environ.update(process["environment"])
-        if request["file_limit"] is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
+        if request["folder"] is not None:
+            os.chdir(request["folder"])
         sys.argv = ["compress", *request["argv"]]
         try:
             code = main() or 0

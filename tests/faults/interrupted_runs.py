@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from faults.full_disk import build_full_disk
 from faults.local_ranks import environment_of, free_port
 from tiny_models import save_variant, write_texts
 
@@ -25,18 +27,27 @@ KILLED = -9
 
 @dataclass(frozen=True)
 class Ended:
-    """How one run ended: its exit code, negative for a signal, its seconds, and what it printed."""
+    """How one run ended: its exit code, negative for a signal, its seconds, and what it printed.
+
+    What went to stderr is in ``said`` too, but for a run that was asked to keep it apart.
+    """
 
     code: int
     seconds: float
     said: str
+    errors: str = ""
 
 
 class ForkServer:
-    """Starts runs in forked children."""
+    """Starts runs in forked children.
 
-    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
+    Attributes:
+        fills_disks: Whether ``full_disk`` works in them.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], folder: Path, *, fills_disks: bool) -> None:
         self._process, self._folder, self._count = process, folder, 0
+        self.fills_disks = fills_disks
 
     def run(
         self,
@@ -44,11 +55,23 @@ class ForkServer:
         *,
         fault: str | None = None,
         kill_after_s: float | None = None,
-        file_limit: int | None = None,
+        folder: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        apart: bool = False,
     ) -> Ended:
-        """One run of the command line, to its end."""
-        environment = {"BLOCKPRESS_FAULT": fault or ""}
-        return self._start(argv, [environment], kill_after_s=kill_after_s, file_limit=file_limit)[0]
+        """One run of the command line, to its end.
+
+        Args:
+            argv: Of the command.
+            fault: What goes wrong, see ``compressor.run.faults``.
+            kill_after_s: When it is killed.
+            folder: In which it runs.
+            environment: Variables of this run.
+            apart: Whether stderr is kept apart from stdout.
+        """
+        request = {"kill_after_s": kill_after_s, "folder": folder and str(folder)}
+        variables = {**(environment or {}), "BLOCKPRESS_FAULT": fault or ""}
+        return self._start(argv, [variables], request, apart=apart)[0]
 
     def run_ranks(
         self,
@@ -75,50 +98,56 @@ class ForkServer:
             }
             for rank in range(ranks)
         ]
-        return self._start(argv, environments)
+        return self._start(argv, environments, {"kill_after_s": None, "folder": None}, apart=False)
 
     def _start(
         self,
         argv: Sequence[str],
         environments: Sequence[Mapping[str, str]],
+        request: Mapping[str, Any],
         *,
-        kill_after_s: float | None = None,
-        file_limit: int | None = None,
+        apart: bool,
     ) -> list[Ended]:
         self._count += 1
         logs = [self._folder / f"run-{self._count}-{place}.txt" for place in range(len(environments))]
+        errors = [log.with_suffix(".err.txt") if apart else log for log in logs]
         cache = {"BLOCKPRESS_CACHE": str(self._folder / "cache")}
-        request = {
-            "argv": list(argv),
-            "processes": [
-                {"environment": {**cache, **environment}, "log": str(log)}
-                for environment, log in zip(environments, logs, strict=True)
-            ],
-            "kill_after_s": kill_after_s,
-            "file_limit": file_limit,
-        }
+        processes = [
+            {"environment": {**cache, **environment}, "log": str(log), "error_log": str(error_log)}
+            for environment, log, error_log in zip(environments, logs, errors, strict=True)
+        ]
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.write(json.dumps({**request, "argv": list(argv), "processes": processes}) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
         return [
-            Ended(code, answer["seconds"], log.read_text(encoding="utf-8", errors="replace"))
-            for code, log in zip(answer["codes"], logs, strict=True)
+            Ended(code, answer["seconds"], _text(log), _text(error_log) if apart else "")
+            for code, log, error_log in zip(answer["codes"], logs, errors, strict=True)
         ]
+
+
+def _text(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager
 def fork_server(folder: Path) -> Iterator[ForkServer]:
     """A server for the time of the context; logs and the cache of its runs lie in ``folder``."""
+    preloaded = build_full_disk(folder)
     process = subprocess.Popen(
-        [sys.executable, str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
+        [sys.executable, str(SERVER)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, **preloaded},
     )
     assert process.stdin is not None
     assert process.stdout is not None
     try:
         assert process.stdout.readline() == "ready\n"
-        yield ForkServer(process, folder)
+        yield ForkServer(process, folder, fills_disks=bool(preloaded))
     finally:
         process.stdin.close()
         process.stdout.close()

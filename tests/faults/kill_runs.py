@@ -1,10 +1,16 @@
-"""Kill runs at every named point and at random moments, start them again, and count what was not as it should be.
+"""Kill runs at every named point and at random moments, fill their disk at every write, start them again, and count
+what was not as it should be.
 
-    python tests/faults/kill_runs.py --moments 200 --chain 10
+    python tests/faults/kill_runs.py --moments 200 --chain 10 --writes
 
 Every chain is one output: its run is killed up to ``--chain`` times, each time at a random moment of the time that a
 whole run takes, and then started until it ends. What lies there then must be what a run leaves that nothing
 interrupted, to the byte, and nothing else; and between two kills no committed window may be lost.
+
+The disk is full for a run from its N-th write on, N = 1, 2, ..., all on one output: each run goes on from what the one
+before has committed, N begins anew behind each commit, and so every write of a whole run fails once. Each time the run
+must end with 5 and E-DISK-FULL and leave nothing but its state; the last one leaves what an uninterrupted run leaves.
+``full_disk.c`` is what lets writes fail; it takes Linux and a C compiler.
 """
 
 from __future__ import annotations
@@ -22,7 +28,8 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from faults.interrupted_runs import (  # noqa: E402  # its folder has to be known first
+from faults.full_disk import full_from  # noqa: E402  # its folder has to be known first
+from faults.interrupted_runs import (  # noqa: E402
     KILLED,
     Ended,
     ForkServer,
@@ -67,10 +74,14 @@ class Harness:
 
     def finish(self, out: Path) -> None:
         """Start the run a last time, and compare what lies there with the whole run's output."""
+        if self.start(out).code == 0:
+            self.check(out)
+        else:
+            self.note(f"{out.parent.name}: did not end")
+
+    def check(self, out: Path) -> None:
+        """Compare the output of a run that has ended with the whole run's, and remove it."""
         name = out.parent.name
-        if self.start(out).code != 0:
-            self.note(f"{name}: did not end")
-            return
         self.completed += 1
         if contents(out) != contents(self.whole):
             self.note(f"{name}: other bytes")
@@ -119,12 +130,37 @@ def kill_at_moments(harness: Harness, moments: int, chain: int, seed: int) -> No
         click.echo(f"chain {number}: {harness.kills} kills, {len(harness.faults)} faults")
 
 
+def fill_disk_at_writes(harness: Harness) -> int:
+    """The disk full from each write on; how many runs ended by it."""
+    out, done, number, failed = harness.place("writes"), 0, 1, 0
+
+    def start() -> Ended:
+        return harness.server.run(harness.run.argv(out), environment=full_from(number, out.parent))
+
+    while (ended := start()).code != 0:
+        failed += 1
+        if ended.code != 5 or "E-DISK-FULL" not in ended.said:
+            harness.note(f"write {number} behind window {done}: exit {ended.code}: {ended.said[-500:]}")
+        left = {path.name for path in out.parent.iterdir()} - {state_of(out).name}
+        if left:
+            harness.note(f"write {number} behind window {done}: {sorted(left)} lie there")
+        click.echo(f"write {number} behind window {done}: {len(harness.faults)} faults")
+        before, done = done, harness.windows(out)
+        if done < before:
+            harness.note(f"write {number}: {before} windows were committed, {done} are left")
+        number = number + 1 if done == before else 1
+    harness.check(out)
+    return failed
+
+
 @click.command(help=__doc__)
 @click.option("--moments", default=200, help="Random moments.")
 @click.option("--chain", default=10, help="Kills of one output at most.")
 @click.option("--seed", default=0)
-def main(moments: int, chain: int, seed: int) -> None:
-    started = time.perf_counter()
+@click.option("--points/--no-points", default=True, help="The named points too.")
+@click.option("--writes/--no-writes", default=False, help="A full disk at every write.")
+def main(moments: int, chain: int, seed: int, points: bool, writes: bool) -> None:
+    started, full_disks = time.perf_counter(), 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "server").mkdir()
@@ -132,10 +168,16 @@ def main(moments: int, chain: int, seed: int) -> None:
         with fork_server(folder / "server") as server:
             harness = Harness(server, tiny_run(folder / "input", validate=True), folder)
             click.echo(f"a whole run takes {harness.full.seconds:.1f} s")
-            kill_at_points(harness)
+            if points:
+                kill_at_points(harness)
             kill_at_moments(harness, moments, chain, seed)
+            if writes and server.fills_disks:
+                full_disks = fill_disk_at_writes(harness)
+            elif writes:
+                click.echo("no C compiler, or not Linux: no disk is filled")
     minutes = (time.perf_counter() - started) / 60
-    totals = f"{harness.kills} kills, {harness.completed} runs completed, {len(harness.faults)} faults"
+    totals = f"{harness.kills} kills, {full_disks} full disks, {harness.completed} runs completed"
+    totals += f", {len(harness.faults)} faults"
     click.echo(f"{totals}, {minutes:.0f} min")
     sys.exit(bool(harness.faults))
 

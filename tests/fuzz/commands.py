@@ -1,4 +1,5 @@
-"""Mutated files given to the real command, ``python -m compressor``, one process for each."""
+"""Mutated files given to the real command, one process for each: ``python -m compressor``, or forked from a process
+that has done the imports and goes on with the command's ``main``."""
 
 from __future__ import annotations
 
@@ -11,10 +12,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from faults.interrupted_runs import KILLED, ForkServer
 from fuzz.formats import FORMATS
 from fuzz.mutations import mutated
 
@@ -42,7 +45,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Ended:
+class CommandEnded:
     """What a command left: exit code, None where it took too long, and what it printed."""
 
     code: int | None
@@ -50,18 +53,29 @@ class Ended:
     err: str
 
 
-def fuzz_commands(name: str, samples: Path, numbers: range, seed: int) -> dict[str, list[int]]:
-    """Numbers of the mutations by what became of them, as ``fuzzing.fuzz`` tells them."""
+Start = Callable[[tuple[str, ...], Path], CommandEnded]
+
+
+def fuzz_commands(name: str, samples: Path, numbers: range, seed: int, start: Start) -> dict[str, list[int]]:
+    """Numbers of the mutations by what became of them, as ``fuzzing.fuzz`` tells them.
+
+    Args:
+        name: The format.
+        samples: The folder of the right files.
+        numbers: Of the mutations.
+        seed: Of all mutations.
+        start: Runs words of the command line in a folder: ``in_own_process``, or ``in_fork_of`` a server.
+    """
     outcomes: dict[str, list[int]] = collections.defaultdict(list)
     for number in numbers:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "samples"
             shutil.copytree(samples, folder)
-            outcomes[_outcome(name, folder, random.Random(f"{name} {seed} {number}"))].append(number)
+            outcomes[_outcome(name, folder, random.Random(f"{name} {seed} {number}"), start)].append(number)
     return outcomes
 
 
-def _outcome(name: str, folder: Path, rng: random.Random) -> str:
+def _outcome(name: str, folder: Path, rng: random.Random, start: Start) -> str:
     words = COMMANDS[name]
     place = folder / FORMATS[name].path
     if name == "state":
@@ -73,7 +87,7 @@ def _outcome(name: str, folder: Path, rng: random.Random) -> str:
     content = mutated(whole, FORMATS[name].kind, rng)
     place.write_bytes(content)
     before = _digests(folder)
-    ended = _run(words, folder)
+    ended = start((*words, "--json", "-q"), folder)
     after = _digests(folder)
     outcome = _judged(ended)
     if outcome == "taken" and name == "onnx" and content != whole:
@@ -86,7 +100,7 @@ def _outcome(name: str, folder: Path, rng: random.Random) -> str:
     return f"escaped: {min(left)} is left" if left else outcome
 
 
-def _judged(ended: Ended) -> str:
+def _judged(ended: CommandEnded) -> str:
     if ended.code is None:
         return f"slow: more than {LIMIT_S} s"
     if "Traceback" in ended.err:
@@ -102,7 +116,18 @@ def _judged(ended: Ended) -> str:
     return f"refused {error['id']}"
 
 
-def _run(words: tuple[str, ...], folder: Path) -> Ended:
+def in_fork_of(server: ForkServer) -> Start:
+    """Runs the command in children of a server."""
+
+    def start(words: tuple[str, ...], folder: Path) -> CommandEnded:
+        ended = server.run(words, folder=folder, kill_after_s=LIMIT_S, apart=True)
+        return CommandEnded(None if ended.code == KILLED else ended.code, ended.said, ended.errors)
+
+    return start
+
+
+def in_own_process(words: tuple[str, ...], folder: Path) -> CommandEnded:
+    """Runs the command as a user does, interpreter, imports and all."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -112,7 +137,7 @@ def _run(words: tuple[str, ...], folder: Path) -> Ended:
     }
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "compressor", *words, "--json", "-q"],
+            [sys.executable, "-m", "compressor", *words],
             cwd=folder,
             env=environment,
             capture_output=True,
@@ -122,8 +147,8 @@ def _run(words: tuple[str, ...], folder: Path) -> Ended:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Ended(None, "", "")
-    return Ended(done.returncode, done.stdout, done.stderr)
+        return CommandEnded(None, "", "")
+    return CommandEnded(done.returncode, done.stdout, done.stderr)
 
 
 def _without_state(found: dict[str, str]) -> dict[str, str]:

@@ -1,11 +1,12 @@
 """Read mutated files in a forked worker, one after the other, and tell of every one that was not taken or refused.
 
-    python tests/fuzz/fuzzing.py --mutations 10000 --commands 200
+    python tests/fuzz/fuzzing.py --mutations 10000 --commands 200 --processes 10
 
-The second number is of mutations that the real command gets, a process for each: they take seconds, not milliseconds.
-The worker has the imports done. Where it dies or takes more than ten seconds for one file, that file is a fault, and
+The second and third number are of mutations that the real command gets, a process for each: they take seconds, not
+milliseconds. The second ones are forked from a process that has the imports done, as the worker has; the third ones
+begin with the interpreter. Where it dies or takes more than ten seconds for one file, that file is a fault, and
 another worker goes on behind it. A mutation is known by its format, the seed and its number: the same again with
-``--formats F --seed S --first N --mutations 1``, or ``--mutations 0 --commands 1``.
+``--formats F --seed S --first N --mutations 1``, or ``--mutations 0 --processes 1``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -28,7 +30,8 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fuzz.commands import COMMANDS, fuzz_commands  # its folder has to be known first
+from faults.interrupted_runs import fork_server  # its folder has to be known first
+from fuzz.commands import COMMANDS, fuzz_commands, in_fork_of, in_own_process
 from fuzz.formats import FORMATS, Format, make_samples
 from fuzz.mutations import mutated
 
@@ -136,7 +139,7 @@ class Stage:
 
     Attributes:
         name: The format.
-        how: "worker" or "command".
+        how: "worker", "command" or "process".
         outcomes: Numbers of the mutations by what became of them.
         seconds: How long it took.
     """
@@ -179,32 +182,39 @@ HEAD = f"{'format':<12}{'by':<8}" + "".join(f"{name:>10}" for name in _COLUMNS)
 
 @click.command(help=__doc__)
 @click.option("--mutations", default=10_000, help="Of each format, in the worker.")
-@click.option("--commands", default=0, help="Of each format but the report, by the real command.")
+@click.option("--commands", default=0, help="Of each format but the report, by the real command, forked.")
+@click.option("--processes", default=0, help="The same, in interpreters of their own.")
 @click.option("--formats", default=",".join(FORMATS))
 @click.option("--seed", default=0)
 @click.option("--first", default=0, help="Number of the first mutation.")
-def main(mutations: int, commands: int, formats: str, seed: int, first: int) -> None:
+def main(mutations: int, commands: int, processes: int, formats: str, seed: int, first: int) -> None:
     stages = []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as open_until_the_end:
         samples = make_samples(Path(scratch))
+        ways = {
+            "worker": (mutations, fuzz),
+            "process": (processes, partial(fuzz_commands, start=in_own_process)),
+        }
+        if commands:
+            logs = Path(scratch) / "logs"
+            logs.mkdir()
+            server = open_until_the_end.enter_context(fork_server(logs))
+            ways["command"] = (commands, partial(fuzz_commands, start=in_fork_of(server)))
         click.echo(HEAD)
-        for how, count, read in (("worker", mutations, fuzz), ("command", commands, fuzz_commands)):
+        for how, (count, read) in ways.items():
             for name in formats.split(","):
-                if not count or (how == "command" and name not in COMMANDS):
+                if not count or (how != "worker" and name not in COMMANDS):
                     continue
                 started = time.perf_counter()
                 outcomes = read(name, samples, range(first, first + count), seed)
                 stages.append(Stage(name, how, outcomes, time.perf_counter() - started))
                 click.echo(stages[-1].row())
-    for how, wanted in (("worker", 10_000), ("command", 200)):
+    for how in ways:
         own = [stage for stage in stages if stage.how == how]
-        each = sum(stage.seconds / stage.count("") for stage in own)
         if own:
             total, faults = sum(stage.count("") for stage in own), sum(len(stage.faults) for stage in own)
-            click.echo(
-                f"{how}: {total} mutations, {faults} kinds of faults; "
-                f"{wanted} of each of {len(own)} formats take {wanted * each / 3600:.1f} hours at this pace"
-            )
+            minutes = sum(stage.seconds for stage in own) / 60
+            click.echo(f"{how}: {total} mutations, {faults} kinds of faults, {minutes:.0f} min")
     sys.exit(any(stage.faults for stage in stages))
 
 
