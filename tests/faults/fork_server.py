@@ -26,7 +26,8 @@ import torch.onnx._internal.exporter._core  # noqa: F401
 import transformers  # noqa: F401
 
 import compressor.models.export_view
-import compressor.pipeline  # noqa: F401
+import compressor.pipeline
+import compressor.validation  # noqa: F401
 from compressor.cli import main
 
 
