@@ -182,28 +182,39 @@ struct Avx2 {
   };
 
   // A tile holds int8 weights as int16: one vpmaddwd then replaces the three steps above.
-  static constexpr int kTileRows = 3;
+  static constexpr int kFloatRows = 3;
+  static constexpr int kByteRows = 2; // with three, not all sums stay in registers
   using TileByte = int16_t;
-  static constexpr int kTileBytes = 16;
   static void StoreTile(TileByte* out, int j, Bytes w) {
     auto* at = reinterpret_cast<__m256i*>(out + j * kBytes);
     _mm256_store_si256(at, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(w)));
     _mm256_store_si256(at + 1, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(w, 1)));
   }
-  template <int Rows> struct TileDots {
-    __m256i sums[kTileWeights][Rows] = {};
-    void Add(const TileByte* tile, int64_t tile_stride, const int8_t* x, int64_t stride) {
-      __m256i columns[Rows];
-      for (int i = 0; i < Rows; ++i)
-        columns[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i * stride)));
-      for (int r = 0; r < kTileWeights; ++r) {
-        const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile + r * tile_stride));
-        for (int i = 0; i < Rows; ++i)
-          sums[r][i] = _mm256_add_epi32(sums[r][i], _mm256_madd_epi16(w, columns[i]));
-      }
+  template <int Rows>
+  static void TileDots(const TileByte* tile, int64_t tile_stride, int64_t columns, const int8_t* x, int64_t stride,
+                       Floats (&dots)[kTileWeights][Rows]) {
+    static_assert(Rows <= kByteRows && kByteRows == 2 && kTileWeights == 4);
+    // Variables and not an array, which GCC would write to memory.
+    __m256i a0 = _mm256_setzero_si256(), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
+    for (int64_t k = 0; k < columns; k += 16) {
+      const auto load = [&](const int8_t* p) {
+        return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + k)));
+      };
+      const __m256i xa = load(x), xb = load(x + (Rows - 1) * stride);
+      const auto add = [&](int r, __m256i& a, __m256i& b) {
+        const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile + r * tile_stride + k));
+        a = _mm256_add_epi32(a, _mm256_madd_epi16(w, xa));
+        if constexpr (Rows == 2) b = _mm256_add_epi32(b, _mm256_madd_epi16(w, xb));
+      };
+      add(0, a0, b0);
+      add(1, a1, b1);
+      add(2, a2, b2);
+      add(3, a3, b3);
     }
-    Floats Sums(int r, int i) const { return _mm256_cvtepi32_ps(sums[r][i]); }
-  };
+    const __m256i sums[2][kTileWeights] = {{a0, a1, a2, a3}, {b0, b1, b2, b3}};
+    for (int r = 0; r < kTileWeights; ++r)
+      for (int i = 0; i < Rows; ++i) dots[r][i] = _mm256_cvtepi32_ps(sums[i][r]);
+  }
 
   template <ValueType type>
   using Values = std::conditional_t<type == ValueType::kInt4, UnpackedInt4, StoredValues<type>>;

@@ -80,29 +80,30 @@ struct Avx512 {
     Floats Sums(int i) const { return _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[i], too_much)); }
   };
 
-  static constexpr int kTileRows = 5; // with four rows of W: 29 of the 32 registers
+  static constexpr int kFloatRows = 5;
+  static constexpr int kByteRows = 5; // with four rows of W: 29 of the 32 registers
   using TileByte = int8_t;
-  static constexpr int kTileBytes = 64;
   static void StoreTile(TileByte* out, int, Bytes w) { _mm512_storeu_si512(out, w); }
-  template <int Rows> struct TileDots {
+  template <int Rows>
+  static void TileDots(const TileByte* tile, int64_t tile_stride, int64_t columns, const int8_t* x, int64_t stride,
+                       Floats (&dots)[kTileWeights][Rows]) {
     Bytes sums[kTileWeights][Rows];
     Bytes too_much[kTileWeights];
-    TileDots() {
-      for (auto& of_row : sums)
-        for (auto& sum : of_row) sum = _mm512_setzero_si512();
-      for (auto& sum : too_much) sum = _mm512_setzero_si512();
-    }
-    void Add(const TileByte* tile, int64_t tile_stride, const int8_t* x, int64_t stride) {
-      Bytes columns[Rows];
-      for (int i = 0; i < Rows; ++i) columns[i] = LoadPlus128(x + i * stride);
+    for (auto& of_row : sums)
+      for (auto& sum : of_row) sum = _mm512_setzero_si512();
+    for (auto& sum : too_much) sum = _mm512_setzero_si512();
+    for (int64_t k = 0; k < columns; k += kBytes) {
+      Bytes xs[Rows];
+      for (int i = 0; i < Rows; ++i) xs[i] = LoadPlus128(x + i * stride + k);
       for (int r = 0; r < kTileWeights; ++r) {
-        const Bytes w = _mm512_loadu_si512(tile + r * tile_stride);
+        const Bytes w = _mm512_loadu_si512(tile + r * tile_stride + k);
         too_much[r] = Add128(too_much[r], w);
-        for (int i = 0; i < Rows; ++i) sums[r][i] = _mm512_dpbusd_epi32(sums[r][i], columns[i], w);
+        for (int i = 0; i < Rows; ++i) sums[r][i] = _mm512_dpbusd_epi32(sums[r][i], xs[i], w);
       }
     }
-    Floats Sums(int r, int i) const { return _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][i], too_much[r])); }
-  };
+    for (int r = 0; r < kTileWeights; ++r)
+      for (int i = 0; i < Rows; ++i) dots[r][i] = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][i], too_much[r]));
+  }
 
   template <ValueType type> struct Scratch {};
 

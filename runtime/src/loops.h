@@ -5,10 +5,12 @@
 //                          Times, Over, Fma(a, b, c) = a b + c, Sum, AddSums, LargerSize, StoreRounded (to int8)
 //   Bytes, kBytes          a vector of int8 and how many it holds
 //   Dots<Rows>             exact int32 sums of products of int8: one row of W with Rows rows of X
-//   Cursor<type>           walks the values of one row, one piece of 64 columns (eight bytes of its mask) at a time; Scratch<type> is its memory
-//   TileByte, kTileBytes   how a tile holds an int8 weight, and how many of them one step takes; StoreTile
-//   TileDots<Rows>         as Dots, for kTileWeights rows of W out of a tile
-//   kTileRows              rows of X that one step of the many-row product takes
+//   Cursor<type>           walks the values of one row, one piece of 64 columns (eight bytes of its mask) at a time, with
+//                          memory of the type Scratch<type>
+//   TileByte               how a tile holds an int8 weight; StoreTile
+//   TileDots<Rows>         exact dot products of kTileWeights rows of a tile with Rows rows of X as int8, not yet summed
+//                          over the lanes
+//   kFloatRows, kByteRows  rows of X that one step of the many-row product takes, as float32 and as int8
 //   Fetch(p)               asks the memory for the line at p
 #pragma once
 
@@ -18,6 +20,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "target.h"
 #include "weight.h"
 
 namespace blockpress {
@@ -25,7 +28,8 @@ namespace blockpress {
 // Up to this many rows of X each weight is expanded in registers for every one of them; beyond, a tile of weights is
 // expanded once into the cache.
 constexpr int64_t kFewRows = 4;
-constexpr int64_t kTileColumns = 512;
+template <class Element> constexpr int64_t kTileColumns = 4096 / static_cast<int64_t>(sizeof(Element));
+constexpr int64_t kTileInputs = 30; // rows of X that meet a tile in turn: whole steps of every instruction set
 constexpr int64_t kTileWeights = 4; // rows of W that one step of the many-row product takes
 
 // The values come in one stream, the mask in another. Processors fetch ahead within a page only, so the kernels ask for
@@ -138,10 +142,11 @@ void MultiplyFew(const Weight& weight, const Activations& x, int64_t first_row, 
   }
 }
 
-// The many-row product of one strip works on tiles: kStripRows rows of W, expanded over up to kTileColumns columns.
+// The many-row product of one strip works on tiles: kStripRows rows of W, expanded over up to kTileColumns columns;
+// kTileWeights of them at a time stay in the nearest cache and meet every row of X.
 // `tile` holds float32 times the scales, so that the products need none.
 template <class Isa, int Rows>
-inline void TileTimesFloats(const float* tile, int64_t columns, const float* x, int64_t stride, float* y,
+BLOCKPRESS_NOINLINE void TileTimesFloats(const float* tile, int64_t columns, const float* x, int64_t stride, float* y,
                             int64_t stride_y) {
   using Floats = typename Isa::Floats;
   Floats sums[kTileWeights][Rows];
@@ -151,7 +156,7 @@ inline void TileTimesFloats(const float* tile, int64_t columns, const float* x, 
     Floats xs[Rows];
     for (int i = 0; i < Rows; ++i) xs[i] = Isa::Load(x + i * stride + k);
     for (int r = 0; r < kTileWeights; ++r) {
-      const Floats w = Isa::Load(tile + r * kTileColumns + k);
+      const Floats w = Isa::Load(tile + r * kTileColumns<float> + k);
       for (int i = 0; i < Rows; ++i) sums[r][i] = Isa::Fma(w, xs[i], sums[r][i]);
     }
   }
@@ -160,90 +165,115 @@ inline void TileTimesFloats(const float* tile, int64_t columns, const float* x, 
 
 // The same over int8; `scales` are those of the tile's rows in this group.
 template <class Isa, int Rows>
-inline void TileTimesBytes(const typename Isa::TileByte* tile, const float* scales, int64_t columns, const int8_t* x,
+BLOCKPRESS_NOINLINE void TileTimesBytes(const typename Isa::TileByte* tile, const float* scales, int64_t columns, const int8_t* x,
                            int64_t stride, float* y, int64_t stride_y) {
-  typename Isa::template TileDots<Rows> dots;
-  for (int64_t k = 0; k < columns; k += Isa::kTileBytes) dots.Add(tile + k, kTileColumns, x + k, stride);
-  const auto scale = [&](int r, int i) { return Isa::Fma(dots.Sums(r, i), Isa::Fill(scales[r]), Isa::Zero()); };
+  typename Isa::Floats dots[kTileWeights][Rows];
+  Isa::TileDots(tile, kTileColumns<typename Isa::TileByte>, columns, x, stride, dots);
+  const auto scale = [&](int r, int i) { return Isa::Times(dots[r][i], Isa::Fill(scales[r])); };
   for (int i = 0; i < Rows; ++i)
     Isa::AddSums(scale(0, i), scale(1, i), scale(2, i), scale(3, i), y + i * stride_y);
 }
 
-// Calls body(constant number of rows, first row) until all rows are done, Isa::kTileRows at a time.
-template <class Isa, class Body> inline void EachTileRows(int64_t rows, Body body) {
-  int64_t row = 0;
-  for (; row + Isa::kTileRows <= rows; row += Isa::kTileRows)
-    body(std::integral_constant<int, Isa::kTileRows>(), row);
-  for (; row < rows; ++row) body(std::integral_constant<int, 1>(), row);
+// Calls body(constant number of rows, row) for the rows from first to last, `most` at a time.
+template <int most, class Body> inline void EachTileRows(int64_t first, int64_t last, Body body) {
+  int64_t row = first;
+  for (; row + most <= last; row += most) body(std::integral_constant<int, most>(), row);
+  for (; row < last; ++row) body(std::integral_constant<int, 1>(), row);
 }
 
-template <class Isa, ValueType type, bool quantized>
-void MultiplyStrip(const Weight& weight, const Activations& x, int64_t first_row, int64_t rows, float* y) {
+// A strip of W on its way through the columns.
+template <class Isa, ValueType type, bool quantized> class Strip {
   using Element = std::conditional_t<quantized, typename Isa::TileByte, float>;
   using Cursor = typename Isa::template Cursor<type>;
-  alignas(64) static thread_local Element tile[kStripRows * kTileColumns];
-  typename Isa::template Scratch<type> scratch;
-  const uint8_t* starts[kStripRows];
-  const uint8_t* values = weight.strip_values(first_row / kStripRows);
-  for (int64_t r = 0; r < rows; ++r) {
-    starts[r] = values;
-    values += Cursor::RowBytes(MaskRow(weight, first_row + r), weight.pieces());
-  }
-  std::fill(tile, tile + kStripRows * kTileColumns, Element{0}); // rows of W beyond the last stay zero
-  for (int64_t m = 0; m < x.rows; ++m) std::fill_n(y + m * weight.rows + first_row, rows, 0.0f);
+  static constexpr int64_t kColumns = kTileColumns<Element>;
+  static constexpr int kMostInputs = quantized ? Isa::kByteRows : Isa::kFloatRows;
 
-  for (int64_t first = 0; first < weight.columns; first += kTileColumns) {
-    const int64_t last_piece = std::min((first + kTileColumns) / kPieceColumns, weight.pieces());
+public:
+  Strip(const Weight& weight, int64_t first_row, int64_t rows) : weight_(weight), first_row_(first_row), rows_(rows) {
+    const uint8_t* values = weight.strip_values(first_row / kStripRows);
     for (int64_t r = 0; r < rows; ++r) {
-      const MaskRow mask(weight, first_row + r);
-      Cursor cursor(weight, starts[r], &scratch);
-      Element* out = tile + r * kTileColumns;
-      EachGroup(weight, weight.row_scales(first_row + r), first / kPieceColumns, last_piece,
-                [&](float scale, int64_t first_piece, int64_t last_piece) {
-                  for (int64_t piece = first_piece; piece < last_piece; ++piece, out += kPieceColumns) {
-                    const uint8_t* bits = mask.piece(piece);
-                    if constexpr (quantized) {
-                      cursor.EachBytes(bits, [&](int j, typename Isa::Bytes w) { Isa::StoreTile(out, j, w); });
-                    } else {
-                      cursor.EachFloats(bits, [&](int j, typename Isa::Floats w) {
-                        Isa::Store(out + j * Isa::kFloats, Isa::Times(w, Isa::Fill(scale)));
-                      });
-                    }
-                  }
-                });
-      starts[r] = cursor.values();
+      starts_[r] = values;
+      values += Cursor::RowBytes(MaskRow(weight, first_row + r), weight.pieces());
     }
-    const int64_t columns = last_piece * kPieceColumns - first;
-    EachTileRows<Isa>(x.rows, [&](auto count, int64_t m) {
-      constexpr int kCount = decltype(count)::value;
-      alignas(64) float part[kCount][kStripRows] = {};
-      for (int64_t r = 0; r < rows; r += kTileWeights) {
-        if constexpr (quantized) {
-          for (int64_t k = 0; k < columns;) {
-            const int64_t group = (first + k) / weight.group_size;
-            const int64_t end = std::min((group + 1) * weight.group_size - first, columns);
-            float scales[kTileWeights];
-            for (int64_t i = 0; i < kTileWeights; ++i)
-              scales[i] = r + i < rows ? weight.row_scales(first_row + r + i)[group] : 0.0f;
-            TileTimesBytes<Isa, kCount>(tile + r * kTileColumns + k, scales, end - k,
-                                        x.quantized + m * x.stride + first + k, x.stride, &part[0][r], kStripRows);
-            k = end;
-          }
-        } else {
-          TileTimesFloats<Isa, kCount>(tile + r * kTileColumns, columns, x.x + m * x.stride + first, x.stride,
-                                       &part[0][r], kStripRows);
-        }
-      }
-      for (int i = 0; i < kCount; ++i)
-        for (int64_t r = 0; r < rows; ++r) y[(m + i) * weight.rows + first_row + r] += part[i][r];
-    });
+    std::fill(tile(), tile() + kStripRows * kColumns, Element{0}); // rows of W beyond the last stay zero
   }
-  for (int64_t m = 0; m < x.rows; ++m)
-    for (int64_t r = 0; r < rows; ++r) {
-      float& out = y[m * weight.rows + first_row + r];
-      out = (quantized ? out * x.scales[m] : out) + weight.row_bias(first_row + r);
+
+  void Multiply(const Activations& x, float* y) {
+    for (int64_t m = 0; m < x.rows; ++m) std::fill_n(y + m * weight_.rows + first_row_, rows_, 0.0f);
+    for (int64_t first = 0; first < weight_.columns; first += kColumns) {
+      const int64_t last_piece = std::min((first + kColumns) / kPieceColumns, weight_.pieces());
+      for (int64_t r = 0; r < rows_; ++r) Expand(r, first / kPieceColumns, last_piece);
+      const int64_t columns = last_piece * kPieceColumns - first;
+      for (int64_t m = 0; m < x.rows; m += kTileInputs)
+        for (int64_t r = 0; r < rows_; r += kTileWeights)
+          EachTileRows<kMostInputs>(m, std::min(m + kTileInputs, x.rows), [&](auto count, int64_t row) {
+            AddProducts<decltype(count)::value>(r, first, columns, x, row, y);
+          });
     }
-}
+    for (int64_t m = 0; m < x.rows; ++m)
+      for (int64_t r = 0; r < rows_; ++r) {
+        float& out = y[m * weight_.rows + first_row_ + r];
+        out = (quantized ? out * x.scales[m] : out) + weight_.row_bias(first_row_ + r);
+      }
+  }
+
+private:
+  static Element* tile() {
+    alignas(64) static thread_local Element tile[kStripRows * kColumns];
+    return tile;
+  }
+
+  // Puts the weights of these pieces of row r into the tile.
+  void Expand(int64_t r, int64_t first_piece, int64_t last_piece) {
+    const MaskRow mask(weight_, first_row_ + r);
+    Cursor cursor(weight_, starts_[r], &scratch_);
+    Element* out = tile() + r * kColumns;
+    EachGroup(weight_, weight_.row_scales(first_row_ + r), first_piece, last_piece,
+              [&](float scale, int64_t first, int64_t last) {
+                for (int64_t piece = first; piece < last; ++piece, out += kPieceColumns) {
+                  const uint8_t* bits = mask.piece(piece);
+                  if constexpr (quantized) {
+                    cursor.EachBytes(bits, [&](int j, typename Isa::Bytes w) { Isa::StoreTile(out, j, w); });
+                  } else {
+                    cursor.EachFloats(bits, [&](int j, typename Isa::Floats w) {
+                      Isa::Store(out + j * Isa::kFloats, Isa::Times(w, Isa::Fill(scale)));
+                    });
+                  }
+                }
+              });
+    starts_[r] = cursor.values();
+  }
+
+  // Adds the products of kTileWeights rows of the tile, from r on, with `count` rows of X, from m on.
+  template <int count>
+  void AddProducts(int64_t r, int64_t first, int64_t columns, const Activations& x, int64_t m, float* y) {
+    const Element* weights = tile() + r * kColumns;
+    const int64_t rows = std::min(kTileWeights, rows_ - r);
+    float sums[count][kTileWeights] = {};
+    if constexpr (quantized) {
+      for (int64_t k = 0; k < columns;) {
+        const int64_t group = (first + k) / weight_.group_size;
+        const int64_t end = std::min((group + 1) * weight_.group_size - first, columns);
+        float scales[kTileWeights];
+        for (int64_t i = 0; i < kTileWeights; ++i)
+          scales[i] = i < rows ? weight_.row_scales(first_row_ + r + i)[group] : 0.0f;
+        TileTimesBytes<Isa, count>(weights + k, scales, end - k, x.quantized + m * x.stride + first + k, x.stride,
+                                   sums[0], kTileWeights);
+        k = end;
+      }
+    } else {
+      TileTimesFloats<Isa, count>(weights, columns, x.x + m * x.stride + first, x.stride, sums[0], kTileWeights);
+    }
+    for (int i = 0; i < count; ++i)
+      for (int64_t n = 0; n < rows; ++n) y[(m + i) * weight_.rows + first_row_ + r + n] += sums[i][n];
+  }
+
+  const Weight& weight_;
+  int64_t first_row_;
+  int64_t rows_;
+  const uint8_t* starts_[kStripRows]; // where each row's values go on
+  typename Isa::template Scratch<type> scratch_;
+};
 
 template <class Isa, ValueType type>
 void MultiplyMany(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row, float* y) {
@@ -251,11 +281,11 @@ void MultiplyMany(const Weight& weight, const Activations& x, int64_t first_row,
     const int64_t rows = std::min(kStripRows, last_row - row);
     if constexpr (type == ValueType::kInt8 || type == ValueType::kInt4) {
       if (x.quantized != nullptr) {
-        MultiplyStrip<Isa, type, true>(weight, x, row, rows, y);
+        Strip<Isa, type, true>(weight, row, rows).Multiply(x, y);
         continue;
       }
     }
-    MultiplyStrip<Isa, type, false>(weight, x, row, rows, y);
+    Strip<Isa, type, false>(weight, row, rows).Multiply(x, y);
   }
 }
 

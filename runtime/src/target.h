@@ -2,6 +2,13 @@
 // header, so that no function that other files share is compiled for a machine that may not be the one it runs on.
 #pragma once
 
+// A loop with many sums in registers gets them only where it is a function of its own.
+#if defined(_MSC_VER)
+#define BLOCKPRESS_NOINLINE __declspec(noinline)
+#else
+#define BLOCKPRESS_NOINLINE __attribute__((noinline))
+#endif
+
 #define BLOCKPRESS_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define BLOCKPRESS_TARGET(features)                                                                                   \
