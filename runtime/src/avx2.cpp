@@ -191,8 +191,8 @@ struct Avx2 {
     _mm256_store_si256(at + 1, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(w, 1)));
   }
   template <int Rows>
-  static void TileDots(const TileByte* tile, int64_t tile_stride, int64_t columns, const int8_t* x, int64_t stride,
-                       Floats (&dots)[kTileWeights][Rows]) {
+  BLOCKPRESS_NOINLINE static void TileDots(const TileByte* tile, int64_t tile_stride, int64_t columns, const int8_t* x,
+                                           int64_t stride, Floats (&dots)[kTileWeights][Rows]) {
     static_assert(Rows <= kByteRows && kByteRows == 2 && kTileWeights == 4);
     // Variables and not an array, which GCC would write to memory.
     __m256i a0 = _mm256_setzero_si256(), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;

@@ -147,7 +147,7 @@ void MultiplyFew(const Weight& weight, const Activations& x, int64_t first_row, 
 // `tile` holds float32 times the scales, so that the products need none.
 template <class Isa, int Rows>
 BLOCKPRESS_NOINLINE void TileTimesFloats(const float* tile, int64_t columns, const float* x, int64_t stride, float* y,
-                            int64_t stride_y) {
+                                         int64_t stride_y) {
   using Floats = typename Isa::Floats;
   Floats sums[kTileWeights][Rows];
   for (auto& of_row : sums)
@@ -163,15 +163,24 @@ BLOCKPRESS_NOINLINE void TileTimesFloats(const float* tile, int64_t columns, con
   for (int i = 0; i < Rows; ++i) Isa::AddSums(sums[0][i], sums[1][i], sums[2][i], sums[3][i], y + i * stride_y);
 }
 
-// The same over int8; `scales` are those of the tile's rows in this group.
+// The same over int8, for the columns of W from `first` on; scales[r] are those of row r of the tile.
 template <class Isa, int Rows>
-BLOCKPRESS_NOINLINE void TileTimesBytes(const typename Isa::TileByte* tile, const float* scales, int64_t columns, const int8_t* x,
-                           int64_t stride, float* y, int64_t stride_y) {
-  typename Isa::Floats dots[kTileWeights][Rows];
-  Isa::TileDots(tile, kTileColumns<typename Isa::TileByte>, columns, x, stride, dots);
-  const auto scale = [&](int r, int i) { return Isa::Times(dots[r][i], Isa::Fill(scales[r])); };
-  for (int i = 0; i < Rows; ++i)
-    Isa::AddSums(scale(0, i), scale(1, i), scale(2, i), scale(3, i), y + i * stride_y);
+BLOCKPRESS_NOINLINE void TileTimesBytes(const typename Isa::TileByte* tile, const float* const* scales,
+                                        int64_t group_size, int64_t first, int64_t columns, const int8_t* x,
+                                        int64_t stride, float* y, int64_t stride_y) {
+  using Floats = typename Isa::Floats;
+  Floats sums[kTileWeights][Rows];
+  for (auto& of_row : sums)
+    for (auto& sum : of_row) sum = Isa::Zero();
+  int64_t group = first / group_size;
+  int64_t end = (group + 1) * group_size - first;
+  for (int64_t k = 0; k < columns; k = end, end += group_size, ++group) {
+    Floats dots[kTileWeights][Rows];
+    Isa::TileDots(tile + k, kTileColumns<typename Isa::TileByte>, std::min(end, columns) - k, x + k, stride, dots);
+    for (int r = 0; r < kTileWeights; ++r)
+      for (int i = 0; i < Rows; ++i) sums[r][i] = Isa::Fma(dots[r][i], Isa::Fill(scales[r][group]), sums[r][i]);
+  }
+  for (int i = 0; i < Rows; ++i) Isa::AddSums(sums[0][i], sums[1][i], sums[2][i], sums[3][i], y + i * stride_y);
 }
 
 // Calls body(constant number of rows, row) for the rows from first to last, `most` at a time.
@@ -251,16 +260,11 @@ private:
     const int64_t rows = std::min(kTileWeights, rows_ - r);
     float sums[count][kTileWeights] = {};
     if constexpr (quantized) {
-      for (int64_t k = 0; k < columns;) {
-        const int64_t group = (first + k) / weight_.group_size;
-        const int64_t end = std::min((group + 1) * weight_.group_size - first, columns);
-        float scales[kTileWeights];
-        for (int64_t i = 0; i < kTileWeights; ++i)
-          scales[i] = i < rows ? weight_.row_scales(first_row_ + r + i)[group] : 0.0f;
-        TileTimesBytes<Isa, count>(weights + k, scales, end - k, x.quantized + m * x.stride + first + k, x.stride,
-                                   sums[0], kTileWeights);
-        k = end;
-      }
+      const float* scales[kTileWeights];
+      for (int64_t i = 0; i < kTileWeights; ++i) // rows beyond the last have weights of zero
+        scales[i] = weight_.row_scales(first_row_ + r + std::min(i, rows - 1));
+      TileTimesBytes<Isa, count>(weights, scales, weight_.group_size, first, columns, x.quantized + m * x.stride + first,
+                                 x.stride, sums[0], kTileWeights);
     } else {
       TileTimesFloats<Isa, count>(weights, columns, x.x + m * x.stride + first, x.stride, sums[0], kTileWeights);
     }
