@@ -21,7 +21,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from random_model import llama_config, write_model
+from random_model import model_config, write_model
 
 from compressor import compress, read_recipe
 from compressor.pass_state import PassState
@@ -73,7 +73,7 @@ def main(hidden: int, layers: int, windows: int, repeats: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
         model.mkdir()
-        write_model(model, llama_config(layers, hidden, "float32"))
+        write_model(model, model_config(layers, hidden, "float32"))
         for _ in range(repeats):
             with timed_commits() as seconds:
                 result = compress(model, Path(scratch) / "sparse.onnx", recipe, validate=False, force=True)

@@ -1,12 +1,13 @@
 """Peak memory of `compress run` over models of different depth: it should not grow with the number of blocks.
 
-Random Llamas in safetensors shards, one block per shard, go through the whole command in a process of their own.
-Resident memory is sampled of the command and of the child in which it validates, each for itself: all of it, and the
-part that is not a file's pages (which the system takes back when it needs them). Evaluation and calibration windows are
-the same for all depths; the end-to-end finish, which holds the whole model, is off.
+Random Llamas (or Mixtrals) in safetensors shards, one block per shard, go through the whole command in a process of
+their own. Resident memory is sampled of the command and of the child in which it validates, each for itself: all of it,
+and the part that is not a file's pages (which the system takes back when it needs them). Evaluation and calibration
+windows are the same for all depths; the end-to-end finish, which holds the whole model, is off.
 
     python bench/memory.py --layers 8,16,32 --hidden 1024
     python bench/memory.py --layers 32 --hidden 2048 --validate
+    python bench/memory.py --layers 4,8,16 --hidden 512 --experts 8
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from random_model import ROOT, llama_config, write_model
+from random_model import ROOT, model_config, write_model
 
 SAMPLE_S = 0.05
 MIB = 2**20
@@ -102,6 +103,7 @@ def sample(pid: int, peak: Peak) -> None:
 @click.command(help=__doc__)
 @click.option("--layers", default="8,16,32")
 @click.option("--hidden", default=1024)
+@click.option("--experts", default=0, help="Experts of a block.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @click.option(
     "--validate/--no-validate", default=False, help="Validate too; the child's peaks are then shown."
@@ -109,14 +111,14 @@ def sample(pid: int, peak: Peak) -> None:
 @click.option(
     "--folder", type=click.Path(path_type=Path), default=None, help="Where models and outputs lie meanwhile."
 )
-def main(layers: str, hidden: int, dtype: str, validate: bool, folder: Path | None) -> None:
+def main(layers: str, hidden: int, experts: int, dtype: str, validate: bool, folder: Path | None) -> None:
     rows = []
     for depth in (int(one) for one in layers.split(",")):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             model, out = Path(scratch) / "model", Path(scratch) / "out" / "sparse.onnx"
             model.mkdir()
             out.parent.mkdir()
-            model_bytes = write_model(model, llama_config(depth, hidden, dtype))
+            model_bytes = write_model(model, model_config(depth, hidden, dtype, experts=experts))
             run, child, seconds = run_command(model, out, validate)
             report = json.loads(out.with_suffix(".report.json").read_text(encoding="utf-8"))
             verdict = report["validation"] and report["validation"]["passed"]

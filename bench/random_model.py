@@ -1,4 +1,4 @@
-"""A Llama checkpoint of random weights in any size, written layer by layer: a model for measuring, not for text.
+"""A Llama or Mixtral checkpoint of random weights in any size, written layer by layer: for measuring, not for text.
 
 One shard per layer, so that no more than a layer is in memory at a time. No two matrices are equal: ONNX Runtime
 keeps one copy of identical weights, which would make a model of copies look small and fast.
@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER_FROM = ROOT / "examples" / "tiny-llm"
@@ -25,47 +26,63 @@ HEAD_DIM = 64
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
-def llama_config(
-    layers: int, hidden: int, dtype: str, vocabulary: int | None = None, kv_heads: int | None = None
-) -> LlamaConfig:
-    """A Llama with an untied head; by default with the example's vocabulary and as many key heads as heads."""
+def model_config(
+    layers: int,
+    hidden: int,
+    dtype: str,
+    vocabulary: int | None = None,
+    kv_heads: int | None = None,
+    experts: int = 0,
+) -> LlamaConfig | MixtralConfig:
+    """A Llama, or with experts a Mixtral, with an untied head.
+
+    By default with the example's vocabulary and as many key heads as heads.
+    """
     example = json.loads((TOKENIZER_FROM / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    return LlamaConfig(
-        vocab_size=vocabulary or example,
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // HEAD_DIM,
-        num_key_value_heads=kv_heads or hidden // HEAD_DIM,
-        max_position_embeddings=512 if vocabulary is None else 4096,
-        dtype=dtype,
-        architectures=["LlamaForCausalLM"],
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": vocabulary or example,
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 11 // 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // HEAD_DIM,
+        "num_key_value_heads": kv_heads or hidden // HEAD_DIM,
+        "max_position_embeddings": 512 if vocabulary is None else 4096,
+        "dtype": dtype,
+    }
+    if experts:
+        return MixtralConfig(num_local_experts=experts, architectures=["MixtralForCausalLM"], **settings)
+    return LlamaConfig(architectures=["LlamaForCausalLM"], **settings)
 
 
-def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """The matrices of one layer by name, (out, in)."""
+def layer_shapes(config: LlamaConfig | MixtralConfig) -> dict[str, tuple[int, int]]:
+    """The matrices of one layer by their names in a checkpoint, (out, in)."""
     hidden, inner = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * (hidden // config.num_attention_heads)
-    return {
+    shapes = {
         "self_attn.q_proj": (hidden, hidden),
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
     }
+    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    if isinstance(config, LlamaConfig):
+        return shapes | {f"mlp.{name}": shape for name, shape in mlp.items()}
+    count, of_mixtral = config.num_local_experts, {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    shapes["block_sparse_moe.gate"] = (count, hidden)
+    for expert in range(count):
+        for name, shape in mlp.items():
+            shapes[f"block_sparse_moe.experts.{expert}.{of_mixtral[name]}"] = shape
+    return shapes
 
 
 def layers_for(parameters: int, hidden: int, vocabulary: int, kv_heads: int | None = None) -> int:
     """How many layers come nearest to this many parameters; at least one."""
-    config = llama_config(1, hidden, "float32", vocabulary, kv_heads)
+    config = model_config(1, hidden, "float32", vocabulary, kv_heads)
     per_layer = sum(rows * columns for rows, columns in layer_shapes(config).values()) + 2 * hidden
     return max(1, round((parameters - 2 * vocabulary * hidden - hidden) / per_layer))
 
 
-def write_model(folder: Path, config: LlamaConfig) -> int:
+def write_model(folder: Path, config: LlamaConfig | MixtralConfig) -> int:
     """Write a random model shard by shard, with the example's tokenizer; the bytes of its weights."""
     dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
     generator = torch.Generator().manual_seed(0)
@@ -130,7 +147,7 @@ def main(
     if (parameters is None) == (layers is None):
         raise click.UsageError("give one of --parameters and --layers")
     depth = layers or layers_for(parameters or 0, hidden, vocabulary, kv_heads)
-    config = llama_config(depth, hidden, dtype, vocabulary, kv_heads)
+    config = model_config(depth, hidden, dtype, vocabulary, kv_heads)
     folder.mkdir(parents=True, exist_ok=True)
     size = write_model(folder, config)
     weights = size // getattr(torch, dtype).itemsize

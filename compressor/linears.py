@@ -211,7 +211,7 @@ def _matrices_of(block: nn.Module, path: str, module: nn.Module) -> Iterator[Pru
         yield PrunableMatrix(f"{path}.weight", f"{path}.weight")
     elif _is_conv1d(module):
         yield PrunableMatrix(f"{path}.weight", f"{path}.weight", transposed=True)
-    elif _is_fused_experts(module):
+    elif is_fused_experts(module):
         for name in ("gate_up_proj", "down_proj"):
             for expert in range(len(module.get_parameter(name))):
                 yield PrunableMatrix(f"{path}.{name}[{expert}]", f"{path}.{name}", expert)
@@ -229,7 +229,7 @@ def _is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def _is_fused_experts(module: nn.Module) -> bool:
+def is_fused_experts(module: nn.Module) -> bool:
     """Whether a module holds experts as (E, 2·intermediate, D) and (E, D, intermediate)."""
     own = dict(module.named_parameters(recurse=False))
     return all(name in own and own[name].ndim == 3 for name in ("gate_up_proj", "down_proj"))

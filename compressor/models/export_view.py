@@ -41,9 +41,7 @@ class MappedParts:
 
     def stored(self, name: str) -> Tensor:
         """A copy of a parameter or buffer in its stored dtype."""
-        stored = self._tensors[name].detach().to("cpu", self.stored_dtype(name), copy=True)
-        self._mapped.give_back(self._tensors[name])
-        return stored
+        return self._mapped.stored(name, self._tensors[name], self.stored_dtype(name))
 
 
 def export_parts(

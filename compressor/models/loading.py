@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 from compressor.errors import InputRefused, OutOfResources, ReportedError
 from compressor.models.checkpoint import Checkpoint, first_line
+from compressor.models.experts import FusedExperts
 from compressor.models.quiet import quiet_transformers
 from compressor.models.structure import apply_structure
 
-__all__ = ["load_causal_lm", "plain_outline", "refuse_unusable", "restore_float32_buffers"]
+__all__ = [
+    "load_causal_lm",
+    "load_without_experts",
+    "plain_outline",
+    "refuse_unusable",
+    "restore_float32_buffers",
+]
 
 
 def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype, *, traceable: bool = False) -> Any:
@@ -30,12 +37,38 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype, *, traceable: boo
             the files do not fill the model.
         OutOfResources: E-MEMORY: the host's memory does not hold it.
     """
-    _refuse_far_larger(checkpoint)
+    _refuse_far_larger(checkpoint, _outline(checkpoint))
+    return _load(checkpoint, dtype, _loader(checkpoint), traceable=traceable)
+
+
+def load_without_experts(
+    checkpoint: Checkpoint, dtype: torch.dtype, *, traceable: bool = False
+) -> tuple[Any, FusedExperts]:
+    """The same, and what fills its fused experts, whose parameters lie on the meta device; see ``FusedExperts``.
+
+    Raises:
+        As ``load_causal_lm``.
+    """
+    outline = _outline(checkpoint)
+    _refuse_far_larger(checkpoint, outline)
+    # Widths of a structure are another change to the class; no pruner makes them of a model with experts.
+    stored = checkpoint.architecture.stored_experts if checkpoint.structure is None else None
+    experts = FusedExperts(outline, stored, checkpoint.weights, dtype)
+    loader = _own_class(checkpoint, experts.take_out) if experts else _loader(checkpoint)
+    model = _load(checkpoint, dtype, loader, traceable=traceable)
+    experts.put_back(model)
+    return model, experts
+
+
+def _load(checkpoint: Checkpoint, dtype: torch.dtype, loader: Any, *, traceable: bool) -> Any:
+    """The model that ``loader`` makes of the checkpoint, checked to be whole."""
+    from transformers import AutoModelForCausalLM
+
     try:
         with quiet_transformers():
-            model, info = _loader(checkpoint).from_pretrained(
+            model, info = loader.from_pretrained(
                 checkpoint.folder,
-                config=copy.deepcopy(checkpoint.config) if checkpoint.structure is not None else None,
+                config=None if loader is AutoModelForCausalLM else copy.deepcopy(checkpoint.config),
                 dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,
@@ -150,33 +183,16 @@ def plain_outline(checkpoint: Checkpoint, widths: Mapping[str, int] | None = Non
 
 
 def _outline(checkpoint: Checkpoint) -> Any:
-    """The model without its weights, on the meta device."""
-    if checkpoint.structure is None:
-        return plain_outline(checkpoint)
-    with torch.device("meta"), quiet_transformers():
-        return _loader(checkpoint)(copy.deepcopy(checkpoint.config))
+    """The model without its weights, on the meta device.
 
-
-def _loader(checkpoint: Checkpoint) -> Any:
-    """What builds the model: transformers' own class, or one whose modules have the structure's shapes."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-
-    structure = checkpoint.structure
-    if structure is None:
-        return AutoModelForCausalLM
-    own: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(checkpoint.config)]
-
-    def build(model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        own.__init__(model, config, *args, **kwargs)
-        apply_structure(model, structure)
-
-    return type(own.__name__, (own,), {"__init__": build, "__module__": own.__module__})
-
-
-def _refuse_far_larger(checkpoint: Checkpoint) -> None:
-    """Refuse a config that describes a model of another size before its memory is asked for."""
+    Raises:
+        InputRefused: E-CONFIG-INVALID: the config describes no model.
+    """
     try:
-        model = _outline(checkpoint)
+        if checkpoint.structure is None:
+            return plain_outline(checkpoint)
+        with torch.device("meta"), quiet_transformers():
+            return _loader(checkpoint)(copy.deepcopy(checkpoint.config))
     except ReportedError:
         raise
     except Exception as error:  # each model class raises its own kind for a value that it does not know
@@ -186,7 +202,34 @@ def _refuse_far_larger(checkpoint: Checkpoint) -> None:
             f"{type(error).__name__}: {first_line(error)}",
             "fetch the model again",
         ) from None
-    described = sum(parameter.numel() for parameter in model.parameters())
+
+
+def _loader(checkpoint: Checkpoint) -> Any:
+    """What builds the model: transformers' own class, or one whose modules have the structure's shapes."""
+    from transformers import AutoModelForCausalLM
+
+    structure = checkpoint.structure
+    if structure is None:
+        return AutoModelForCausalLM
+    return _own_class(checkpoint, lambda model: apply_structure(model, structure))
+
+
+def _own_class(checkpoint: Checkpoint, change: Callable[[Any], None]) -> Any:
+    """The checkpoint's model class, whose models are changed as they are built."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    own: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(checkpoint.config)]
+
+    def build(model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        own.__init__(model, config, *args, **kwargs)
+        change(model)
+
+    return type(own.__name__, (own,), {"__init__": build, "__module__": own.__module__})
+
+
+def _refuse_far_larger(checkpoint: Checkpoint, outline: nn.Module) -> None:
+    """Refuse a config that describes a model of another size before its memory is asked for."""
+    described = sum(parameter.numel() for parameter in outline.parameters())
     stored = sum(tensor.numel for tensor in checkpoint.weights.tensors.values())
     # A factor of two leaves the precise refusals (missing tensors, other shapes) to the loading itself.
     if described > 2 * stored:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.models.checkpoint import Checkpoint
-from compressor.models.loading import load_causal_lm, restore_float32_buffers
+from compressor.models.loading import load_without_experts, restore_float32_buffers
 from compressor.models.mapped import MappedFiles
 from exporters.parts import named_tensors
 from exporters.probe import find_blocks
@@ -45,9 +45,11 @@ class MappedModel:
         *,
         traceable: bool = False,
     ) -> None:
-        self.model: Any = load_causal_lm(checkpoint, checkpoint.dtype, traceable=traceable)
-        restore_float32_buffers(self.model)
-        self.blocks = find_blocks(self.model)
+        model, self._experts = load_without_experts(checkpoint, checkpoint.dtype, traceable=traceable)
+        self.model: Any = model
+        restore_float32_buffers(model)
+        with self._experts.first_filled(model):
+            self.blocks = find_blocks(model)
         self._mapped = MappedFiles(checkpoint.weights.paths)
         self._dtype, self._device = dtype, torch.device(device)
         self._stored = [
@@ -85,12 +87,16 @@ class MappedModel:
             block.register_forward_hook(partial(self._after_run, index))
         return self.model
 
-    def give_back(self, stored: Tensor) -> None:
-        """Let go of the pages that a block's parameter of :meth:`tensors` has taken as it was read."""
-        self._mapped.give_back([stored])
+    def stored(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of one of :meth:`tensors` on the host, converted from what is stored."""
+        copy = self._experts.values(name, tensor.detach()).to("cpu", dtype, copy=True)
+        self._mapped.give_back([tensor])
+        return copy
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters, a block's as they are stored, and buffers, by their names in the state dict."""
+        """Parameters, a block's as they are stored, and buffers, by their names in the state dict; fused experts on
+        the meta device.
+        """
         named = {
             f"{self.blocks.block_name(index)}.{name}": nn.Parameter(tensor, requires_grad=False)
             for index, tensors in enumerate(self._stored)
@@ -118,5 +124,7 @@ class MappedModel:
         block = self.blocks.modules[index]
         for name, tensor in self._stored[index].items():
             path, _, own = name.rpartition(".")
+            if device.type != "meta":
+                tensor = self._experts.values(f"{self.blocks.block_name(index)}.{name}", tensor)
             moved = nn.Parameter(tensor.to(device, self._dtype), requires_grad=False)
             setattr(block.get_submodule(path), own, moved)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compressor.errors import InputRefused
+from compressor.models.experts import StoredExperts
 
 __all__ = ["SUPPORTED", "Architecture", "architecture_of", "class_names"]
 
@@ -20,6 +21,7 @@ class Architecture:
         label: Its name for people.
         attention: Attention implementation of transformers that computes the right numbers and can be traced.
         experts: Experts implementation that can be traced, or ``None`` without a mixture of experts.
+        stored_experts: How its checkpoints name the matrices of an expert.
         remote_code: The classes come with the checkpoint and run only because the user trusts them.
     """
 
@@ -27,6 +29,7 @@ class Architecture:
     label: str
     attention: str = "sdpa"
     experts: str | None = None
+    stored_experts: StoredExperts | None = None
     remote_code: bool = False
 
     def implementations(self, *, traceable: bool) -> dict[str, str]:
@@ -60,8 +63,13 @@ _KNOWN = (
     Architecture("falcon", "Falcon"),
     Architecture("smollm3", "SmolLM3"),
     # The other implementations of the experts loop over data or sort it, and cannot be traced.
-    Architecture("mixtral", "Mixtral", experts="batched_mm"),
-    Architecture("qwen3_moe", "Qwen3-MoE", experts="batched_mm"),
+    Architecture(
+        "mixtral",
+        "Mixtral",
+        experts="batched_mm",
+        stored_experts=StoredExperts("block_sparse_moe.experts", gate="w1", up="w3", down="w2"),
+    ),
+    Architecture("qwen3_moe", "Qwen3-MoE", experts="batched_mm", stored_experts=StoredExperts()),
 )
 SUPPORTED: dict[str, Architecture] = {architecture.model_type: architecture for architecture in _KNOWN}
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compressor.errors import InputRefused, ReportedError
 from compressor.models.checkpoint import Checkpoint, first_line
-from compressor.models.loading import load_causal_lm, refuse_unusable, restore_float32_buffers
+from compressor.models.loading import load_without_experts, refuse_unusable, restore_float32_buffers
 from compressor.models.mapped import MappedFiles
 from compressor.models.quiet import quiet_transformers
 from compressor.models.registry import Architecture
@@ -91,7 +91,8 @@ class LoadedSource:
     """A source that holds embedding, norm and head in the compute dtype, and views of the blocks as they are stored.
 
     A block whose weights are stored in the dtype and form that its model wants takes no memory but the file's pages,
-    which are given back once it has been read; others (fused experts, a mix of dtypes) lie in host memory.
+    which are given back once it has been read; fused experts are read each time, others (a mix of dtypes) lie in host
+    memory.
 
     Args:
         checkpoint: The model.
@@ -115,18 +116,18 @@ class LoadedSource:
         self.checkpoint = checkpoint
         self.architecture = checkpoint.architecture
         self._device, self._dtype = device, compute_dtype
-        self._model = load_causal_lm(checkpoint, checkpoint.dtype)
+        self._model, self._experts = load_without_experts(checkpoint, checkpoint.dtype)
         self._mapped = MappedFiles(checkpoint.weights.paths)
         restore_float32_buffers(self._model)
         self.config = self._model.config
         self.num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        with self._first_run():
+        with self._first_run(), self._experts.first_filled(self._model):
             self._blocks = find_blocks(self._model)
         self.num_blocks, self.blocks_name = len(self._blocks), self._blocks.name
         stored = checkpoint.dtype if stored_dtype is None else stored_dtype
         for index, block in enumerate(self._blocks.modules):
-            prefix = f"{self.blocks_name}.{index}."
-            refuse_unusable(((prefix + name, t) for name, t in block.state_dict().items()), stored)
+            named = ((f"{self.blocks_name}.{index}.{name}", t) for name, t in block.state_dict().items())
+            refuse_unusable(((name, self._experts.values(name, t)) for name, t in named), stored)
             self._mapped.give_back(block.parameters())
         refuse_unusable(self.rest_tensors().items(), stored)
         self._move_all_but_blocks(stored)
@@ -149,7 +150,7 @@ class LoadedSource:
         return captured.hidden
 
     def block_structure(self, index: int) -> nn.Module:
-        """The block as it lies in host memory; not to be changed."""
+        """The block as it lies in host memory, fused experts on the meta device; not to be changed."""
         return self._blocks.modules[index]
 
     def load_block(self, index: int) -> nn.Module:
@@ -158,6 +159,7 @@ class LoadedSource:
         # The config is shared: a copy would cost more than small blocks do.
         block = copy.deepcopy(original, {id(self.config): self.config})
         self._mapped.give_back(original.parameters())
+        self._experts.fill(block, f"{self.blocks_name}.{index}")
         return block.to(device=self._device, dtype=self._dtype).eval().requires_grad_(False)
 
     def forward(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:

@@ -58,10 +58,12 @@ class WeightFiles:
     Attributes:
         paths: The files, in the order of their names.
         tensors: What they hold, by the name in the file.
+        where: The file that holds each of them.
     """
 
     paths: tuple[Path, ...]
     tensors: Mapping[str, StoredTensor]
+    where: Mapping[str, Path]
 
     @property
     def size_bytes(self) -> int:
@@ -83,7 +85,8 @@ def find_weight_files(folder: Path, model: str) -> WeightFiles:
             safetensors, or its header contradicts itself; E-WEIGHTS-DUPLICATE: a tensor stands twice.
     """
     if (folder / SINGLE).is_file():
-        return WeightFiles((folder / SINGLE,), read_header(folder / SINGLE))
+        tensors = read_header(folder / SINGLE)
+        return WeightFiles((folder / SINGLE,), tensors, dict.fromkeys(tensors, folder / SINGLE))
     if not (folder / INDEX).is_file():
         raise _no_weights(folder, model)
     weight_map = _read_weight_map(folder / INDEX)
@@ -95,7 +98,7 @@ def find_weight_files(folder: Path, model: str) -> WeightFiles:
                 f"{INDEX} names {path.name}, which is not in the folder",
                 "fetch the model again",
             )
-    tensors: dict[str, StoredTensor] = {}
+    tensors = {}
     for path in paths:
         for name, tensor in read_header(path).items():
             if name in tensors:
@@ -113,7 +116,7 @@ def find_weight_files(folder: Path, model: str) -> WeightFiles:
             f"{weight_map[absent[0]]} lacks {absent[0]}, which {INDEX} places there",
             "fetch the model again",
         )
-    return WeightFiles(paths, tensors)
+    return WeightFiles(paths, tensors, {name: folder / weight_map[name] for name in tensors})
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
