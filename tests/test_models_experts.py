@@ -70,6 +70,17 @@ def test_a_source_reads_the_experts_of_one_block_at_a_time(tmp_path: Path, varia
         assert all(kept.get_parameter(name).is_meta for name in fused_names(kept))
 
 
+def test_experts_outlive_their_files(tmp_path: Path) -> None:
+    """As the other weights of an open model do."""
+    checkpoint = sharded(tmp_path, "mixtral")
+    whole = load_causal_lm(checkpoint, torch.float32)
+    model, experts = load_without_experts(checkpoint, torch.float32)
+    for path in checkpoint.weights.paths:
+        path.unlink()
+    for name in fused_names(model):
+        assert torch.equal(experts.read(name), whole.get_parameter(name))
+
+
 @WITH_EXPERTS
 def test_an_export_stores_the_experts_of_the_checkpoint(tmp_path: Path, variant: str) -> None:
     """In the dtype that it is asked for."""

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from compressor.linears import is_fused_experts
+from compressor.models.mapped import MappedFiles
 from compressor.models.weight_files import WeightFiles
 
 __all__ = ["FusedExperts", "StoredExperts"]
@@ -73,6 +75,11 @@ class FusedExperts:
         found = {} if stored is None else dict(_fused_parameters(outline, stored))
         whole = all(_is_stored(fused, weights) for fused in found.values())
         self._fused: Mapping[str, _Fused] = found if whole else {}
+        stored_names = [name for fused in self._fused.values() for names in fused.experts for name in names]
+        # Open from now on, as the files are that the model's other weights are views of: they may be removed meanwhile.
+        paths = sorted({weights.where[name] for name in stored_names})
+        self._files: dict[Path, Any] = {path: safe_open(path, framework="pt") for path in paths}
+        self._mapped = MappedFiles(paths)
         self._modules: dict[str, nn.Module] = {}
 
     def __bool__(self) -> bool:
@@ -86,14 +93,11 @@ class FusedExperts:
         """The parameter of that full name, (E, rows, columns), on the host."""
         fused = self._fused[name]
         values = torch.empty(fused.shape, dtype=self._dtype)
-        by_file: dict[Path, list[tuple[str, Tensor]]] = {}
         for expert, names in enumerate(fused.experts):
-            for stored, rows in zip(names, values[expert].chunk(len(names)), strict=True):
-                by_file.setdefault(self._weights.where[stored], []).append((stored, rows))
-        for path, wanted in by_file.items():
-            with safe_open(path, framework="pt") as file:
-                for stored, rows in wanted:
-                    rows.copy_(file.get_tensor(stored))
+            for name_of_rows, rows in zip(names, values[expert].chunk(len(names)), strict=True):
+                stored = self._files[self._weights.where[name_of_rows]].get_tensor(name_of_rows)
+                rows.copy_(stored)
+                self._mapped.give_back([stored])
         return values
 
     def take_out(self, model: nn.Module) -> None:
