@@ -12,12 +12,12 @@ from compressor.models.source import BlockSource
 from compressor.ranks import ALONE, Ranks
 from compressor.streams import Activations, in_order
 
-_TOKENS_PER_BATCH = 4096
+TOKENS_AT_ONCE = 4096
 
 
 def windows_per_batch(seqlen: int) -> int:
     """How many windows of this length go through a block at once when nothing is trained."""
-    return max(1, _TOKENS_PER_BATCH // seqlen)
+    return max(1, TOKENS_AT_ONCE // seqlen)
 
 
 def embedded(source: BlockSource, ids: Tensor, device: torch.device, ranks: Ranks = ALONE) -> Activations:

@@ -242,8 +242,8 @@ class _FinishMethod(_Section):
     # training window's tokens that are exchanged each time it is used, for others of the text or for what the dense
     # model expects there; fading, the share falls to 0 in a line over the steps
     squarehead: NonNegative = 2.0
-    noise: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    noise_from: Literal["text", "model"] = "text"
+    noise: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    noise_from: Literal["text", "model"] = "model"
     noise_fades: bool = False
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from compressor.estimating.facts import FLOAT32, RunFacts
 from compressor.finetuning.losses import LOGITS
 from compressor.finetuning.sparse_model import KEPT_ACTIVATIONS_BYTES
+from compressor.propagation import TOKENS_AT_ONCE
 
 __all__ = ["Memory", "stream_bytes", "work_bytes"]
 
@@ -20,7 +21,6 @@ __all__ = ["Memory", "stream_bytes", "work_bytes"]
 _TRAINED = 5 * FLOAT32 + 1
 # What came into the repair, for the case that the device's memory runs out.
 _CAME = FLOAT32
-_TOKENS_AT_ONCE = 4096  # as compressor.propagation pushes them
 # Logits of the sparse and the dense model, their logarithms, and the gradient.
 _LOGIT_COPIES = 5
 # Of pruners that solve for weights: matrices of the inputs' size, and of the weight's, that live at the same time.
@@ -73,7 +73,7 @@ def work_bytes(facts: RunFacts) -> Memory:
     opened = facts.window_blocks * facts.block_weights
     waiting = (FLOAT32 + 1) * facts.all_block_weights if facts.tunes_together else 0
     logits = FLOAT32 * 3 * facts.seqlen * facts.vocab  # of one evaluation window
-    passing = _TOKENS_AT_ONCE * facts.kept_per_token // 2
+    passing = TOKENS_AT_ONCE * facts.kept_per_token // 2
     prune = (
         (FLOAT32 + 1) * opened + FLOAT32 * facts.block_weights + max(passing, _pruner_bytes(facts), logits)
     )
