@@ -80,8 +80,17 @@ def trace_model(
         ExportError: E-EXPORT-TRACE when PyTorch cannot trace the model, E-EXPORT-OPSET when it cannot write
             it at this opset.
     """
-    cut = _CutModel(parts, templates)
     inputs, axes = example_inputs(parts, templates, sizes)
+    model = _traced(parts, templates, inputs, axes, opset)
+    widen_bfloat16(model.graph)
+    return _named_model(model, inputs, len(templates))
+
+
+def _traced(
+    parts: ModelParts, templates: Sequence[Template], inputs: dict[str, Any], axes: dict[str, Any], opset: int
+) -> ir.Model:
+    """The graph as the exporter writes it; its inputs and outputs are known by their order."""
+    cut = _CutModel(parts, templates)
     with torch.no_grad(), _quiet():
         try:
             exported = torch.export.export(cut, (), kwargs=inputs, dynamic_shapes=axes, strict=False)
@@ -101,8 +110,7 @@ def trace_model(
             ) from error
     if program is None or program.model.functions:
         raise RuntimeError("the exporter left functions in the graph")
-    widen_bfloat16(program.model.graph)
-    return _named_model(program.model, inputs, len(templates))
+    return program.model
 
 
 class _CutModel(nn.Module):

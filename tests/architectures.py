@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 import transformers
+from remembered_traces import remember_traces
+
+remember_traces()
 
 # Every axis has a size of its own where the architecture allows it, so that a mixed-up axis cannot go unseen;
 # all widths divide by 8, so that 2:4 and 4:8 apply; the window of the sliding layers is shorter than the test
