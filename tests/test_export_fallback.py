@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from packed_samples import RUNTIME, expected, product_model, sample
+from packed_samples import expected, product_model, sample
+from runtime_samples import library_path, needs_library
 
 CASES = [
     ("float32", 0, 32),
@@ -87,7 +88,7 @@ def test_fallback_unpacks_strip_by_strip(tmp_path: Path) -> None:
     assert kib < 48 * 1024
 
 
-@pytest.mark.skipif(not any(RUNTIME.glob("*blockpress_runtime.*")), reason="the library is not built")
+@needs_library
 def test_library_takes_the_place_of_the_fallback() -> None:
     """Registered, the operator runs and not the function: one that rounds the inputs, here, against the attribute."""
     made = sample(37, 200, "int8")
@@ -95,7 +96,7 @@ def test_library_takes_the_place_of_the_fallback() -> None:
     model.functions[0].CopyFrom(product_model(made, 8, leading=1).functions[0])
     x = np.random.default_rng(1).normal(size=(3, 200)).astype(np.float32)
     options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(str(next(RUNTIME.glob("*blockpress_runtime.*"))))
+    options.register_custom_ops_library(str(library_path()))
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
