@@ -19,32 +19,12 @@ from torch import Tensor, nn
 
 from compressor.linears import is_fused_experts
 from compressor.models.mapped import MappedFiles
+from compressor.models.registry import StoredExperts
 from compressor.models.weight_files import WeightFiles
 
-__all__ = ["FusedExperts", "StoredExperts"]
+__all__ = ["FusedExperts"]
 
 META = torch.device("meta")
-
-
-@dataclass(frozen=True)
-class StoredExperts:
-    """How checkpoints of an architecture name the matrices of one expert.
-
-    Attributes:
-        module: Path of the experts in a block.
-        gate: First half of the rows of ``gate_up_proj``.
-        up: The other half.
-        down: An expert of ``down_proj``.
-    """
-
-    module: str = "mlp.experts"
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-
-    def of(self, parameter: str) -> tuple[str, ...]:
-        """The matrices of an expert that ``parameter`` holds, one above the other."""
-        return {"gate_up_proj": (self.gate, self.up), "down_proj": (self.down,)}[parameter]
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from compressor.errors import InputRefused
-from compressor.models.experts import StoredExperts
 
-__all__ = ["SUPPORTED", "Architecture", "architecture_of", "class_names"]
+__all__ = ["SUPPORTED", "Architecture", "StoredExperts", "architecture_of", "class_names"]
+
+
+@dataclass(frozen=True)
+class StoredExperts:
+    """How checkpoints of an architecture name the matrices of one expert.
+
+    Attributes:
+        module: Path of the experts in a block.
+        gate: First half of the rows of ``gate_up_proj``.
+        up: The other half.
+        down: An expert of ``down_proj``.
+    """
+
+    module: str = "mlp.experts"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+    def of(self, parameter: str) -> tuple[str, ...]:
+        """The matrices of an expert that ``parameter`` holds, one above the other."""
+        return {"gate_up_proj": (self.gate, self.up), "down_proj": (self.down,)}[parameter]
 
 
 @dataclass(frozen=True)
