@@ -35,6 +35,8 @@ alignas(64) constexpr auto kBytesAndCount = IndicesAndCounts();
 
 inline __m128i Load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
 
+inline __m256i LoadBytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
 // `low` with its high eight bytes replaced.
 inline __m128i LoadHigh8(__m128i low, const void* high) {
   return _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(low), static_cast<const double*>(high)));
@@ -84,36 +86,40 @@ public:
     alignas(32) uint8_t values[kAhead + 2 * kPieceColumns];
   };
   UnpackedInt4(const Weight& weight, const uint8_t* values, Scratch* scratch)
-      : next_(values), end_(weight.values_end()), unpacked_(scratch->values) {}
+      : next_(values), last_(weight.values_end()), scratch_(scratch->values), current_(scratch_), end_(scratch_) {}
 
   // The int8 values from the current piece on: at least all of that piece.
   const uint8_t* Current() {
-    if (filled_ - at_ < kPieceColumns) Unpack();
-    return unpacked_ + at_;
+    if (end_ - current_ < kPieceColumns) Unpack();
+    return current_;
   }
   // Moves on from a piece of `count` values.
-  void Skip(int64_t count) { at_ += (count + 1) / 2 * 2; }
-  const uint8_t* values() const { return next_ - (filled_ - at_) / 2; }
+  void Skip(int64_t count) { current_ += (count + 1) / 2 * 2; }
+  const uint8_t* values() const { return next_ - (end_ - current_) / 2; }
 
 private:
   void Unpack() {
-    std::memmove(unpacked_, unpacked_ + at_, kPieceColumns); // what is left is less
-    filled_ -= at_;
-    at_ = 0;
-    for (int64_t i = 0; i < kAhead && next_ < end_; i += 32, filled_ += 32, next_ += 16) {
-      const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(next_)));
+    const int64_t left = end_ - current_; // less than a piece
+    for (int64_t i = 0; i < kPieceColumns; i += 32)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(scratch_ + i), LoadBytes(current_ + i));
+    current_ = scratch_;
+    end_ = scratch_ + left;
+    const int64_t bytes = std::min(kAhead / 2, last_ - next_);
+    for (int64_t i = 0; i < bytes; i += 16) {
+      const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(next_ + i)));
       const __m256i apart = _mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4));
       const __m256i both = _mm256_and_si256(apart, _mm256_set1_epi8(0x0f));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(unpacked_ + filled_),
-                          _mm256_sub_epi8(both, _mm256_set1_epi8(8)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(end_ + 2 * i), _mm256_sub_epi8(both, _mm256_set1_epi8(8)));
     }
+    next_ += bytes;
+    end_ += 2 * bytes;
   }
 
   const uint8_t* next_; // what is not unpacked yet
-  const uint8_t* end_;
-  uint8_t* unpacked_;
-  int64_t at_ = 0;
-  int64_t filled_ = 0;
+  const uint8_t* last_;
+  uint8_t* scratch_;
+  uint8_t* current_;
+  uint8_t* end_;
 };
 
 // Other values lie in the tensor as they are.
@@ -173,48 +179,101 @@ struct Avx2 {
     void Add(Bytes w, const int8_t* x, int64_t stride) {
       const __m256i size = _mm256_abs_epi8(w);
       for (int i = 0; i < Rows; ++i) {
-        const __m256i columns = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i * stride));
-        const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(columns, w));
+        const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(LoadBytes(x + i * stride), w));
         sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
       }
     }
     Floats Sums(int i) const { return _mm256_cvtepi32_ps(sums[i]); }
   };
 
-  // A tile holds int8 weights as int16: one vpmaddwd then replaces the three steps above.
+  static void StoreBytes(int8_t* p, Bytes w) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w); }
+  static Floats FromBytes(const int8_t* p) { return Float8(Load8(p)); }
   static constexpr int kFloatRows = 3;
   static constexpr int kByteRows = 2; // with three, not all sums stay in registers
-  using TileByte = int16_t;
-  static void StoreTile(TileByte* out, int j, Bytes w) {
-    auto* at = reinterpret_cast<__m256i*>(out + j * kBytes);
-    _mm256_store_si256(at, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(w)));
-    _mm256_store_si256(at + 1, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(w, 1)));
+
+  // vpmaddubsw adds two products, of x + 127 from 0 to 254 and w, in an int16: that holds them up to a sum of the two
+  // weights of 129 = 32767 / 254, as products of different signs do not add up.
+  static constexpr int kAdded = 127;
+  static constexpr bool kPairsSaturate = true;
+  static Bytes LoadAdded(const int8_t* x) { return _mm256_add_epi8(LoadBytes(x), _mm256_set1_epi8(kAdded)); }
+  // The sums of four vectors.
+  BLOCKPRESS_NOINLINE static void StoreSums(__m256i a, __m256i b, __m256i c, __m256i d, int32_t* sums) {
+    const __m256i halves = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), four);
   }
+  static __m256i SumPairs(Bytes w) { return _mm256_maddubs_epi16(_mm256_set1_epi8(1), w); }
+  static uint32_t LargePairs(__m256i sizes) { // two bits a pair
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpgt_epi16(sizes, _mm256_set1_epi16(129))));
+  }
+  class Tally {
+  public:
+    void Add(Bytes w) {
+      const __m256i pairs = SumPairs(w);
+      sums_ = _mm256_add_epi32(sums_, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+      largest_ = _mm256_max_epi16(largest_, _mm256_abs_epi16(pairs));
+    }
+    bool TakeLarge() {
+      const bool large = LargePairs(largest_) != 0;
+      largest_ = _mm256_setzero_si256();
+      return large;
+    }
+    int32_t Sum() const {
+      const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sums_), _mm256_extracti128_si256(sums_, 1));
+      const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+      return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+    }
+
+  private:
+    __m256i sums_ = {};
+    __m256i largest_ = {};
+  };
+  template <class Body> static void EachLargePair(const int8_t* weights, Body body) {
+    uint64_t large = 0;
+    for (int64_t k = 0; k < kPieceColumns; k += kBytes) {
+      large |= uint64_t{LargePairs(_mm256_abs_epi16(SumPairs(LoadBytes(weights + k))))} << k;
+    }
+    for (large &= 0x5555555555555555u; large != 0; large &= large - 1) body(LowestBit(large));
+  }
+
   template <int Rows>
-  BLOCKPRESS_NOINLINE static void TileDots(const TileByte* tile, int64_t tile_stride, int64_t columns, const int8_t* x,
-                                           int64_t stride, Floats (&dots)[kTileWeights][Rows]) {
+  BLOCKPRESS_NOINLINE static void TileDots(const int8_t* tile, int64_t tile_stride, int64_t columns, const int8_t* x,
+                                           int64_t stride, int32_t (&dots)[Rows][kTileWeights]) {
     static_assert(Rows <= kByteRows && kByteRows == 2 && kTileWeights == 4);
     // Variables and not an array, which GCC would write to memory.
     __m256i a0 = _mm256_setzero_si256(), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
-    for (int64_t k = 0; k < columns; k += 16) {
-      const auto load = [&](const int8_t* p) {
-        return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + k)));
-      };
-      const __m256i xa = load(x), xb = load(x + (Rows - 1) * stride);
-      const auto add = [&](int r, __m256i& a, __m256i& b) {
+    for (int64_t k = 0; k < columns; k += kBytes) {
+      const __m256i xa = LoadAdded(x + k), xb = LoadAdded(x + (Rows - 1) * stride + k);
+      const auto add = [&](int r, __m256i sums, __m256i columns) {
         const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile + r * tile_stride + k));
-        a = _mm256_add_epi32(a, _mm256_madd_epi16(w, xa));
-        if constexpr (Rows == 2) b = _mm256_add_epi32(b, _mm256_madd_epi16(w, xb));
+        return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(columns, w), _mm256_set1_epi16(1)));
       };
-      add(0, a0, b0);
-      add(1, a1, b1);
-      add(2, a2, b2);
-      add(3, a3, b3);
+      a0 = add(0, a0, xa), a1 = add(1, a1, xa), a2 = add(2, a2, xa), a3 = add(3, a3, xa);
+      if constexpr (Rows == 2) b0 = add(0, b0, xb), b1 = add(1, b1, xb), b2 = add(2, b2, xb), b3 = add(3, b3, xb);
     }
-    const __m256i sums[2][kTileWeights] = {{a0, a1, a2, a3}, {b0, b1, b2, b3}};
-    for (int r = 0; r < kTileWeights; ++r)
-      for (int i = 0; i < Rows; ++i) dots[r][i] = _mm256_cvtepi32_ps(sums[i][r]);
+    StoreSums(a0, a1, a2, a3, dots[0]);
+    if constexpr (Rows == 2) StoreSums(b0, b1, b2, b3, dots[1]);
   }
+
+  static Bytes PlusEight(Bytes w) { return _mm256_add_epi8(w, _mm256_set1_epi8(8)); }
+  class Inputs {
+  public:
+    Inputs() = default;
+    explicit Inputs(const int8_t* x) : low_(LoadBytes(x)), high_(LoadBytes(x + kBytes)) {
+      const __m256i eights = _mm256_set1_epi8(8);
+      eights_ = _mm256_add_epi16(_mm256_maddubs_epi16(eights, low_), _mm256_maddubs_epi16(eights, high_));
+    }
+    // Weights plus eight go up to 15, so that four products stay in an int16.
+    Floats TimesInt4(const int8_t* weights) const {
+      const __m256i low = _mm256_maddubs_epi16(LoadBytes(weights), low_);
+      const __m256i high = _mm256_maddubs_epi16(LoadBytes(weights + kBytes), high_);
+      const __m256i sums = _mm256_sub_epi16(_mm256_add_epi16(low, high), eights_);
+      return _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
+    }
+
+  private:
+    __m256i low_, high_, eights_;
+  };
 
   template <ValueType type>
   using Values = std::conditional_t<type == ValueType::kInt4, UnpackedInt4, StoredValues<type>>;
@@ -271,7 +330,7 @@ struct Avx2 {
 
 } // namespace
 
-extern const Kernels kAvx2Kernels = {"avx2", Multiply<Avx2>, Quantize<Avx2>};
+extern const Kernels kAvx2Kernels = {"avx2", Multiply<Avx2>, Quantize<Avx2>, WantsTransposed<Avx2>};
 
 } // namespace blockpress
 

@@ -80,30 +80,52 @@ struct Avx512 {
     Floats Sums(int i) const { return _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[i], too_much)); }
   };
 
+  static void StoreBytes(int8_t* p, Bytes w) { _mm512_storeu_si512(p, w); }
+  class Tally {
+  public:
+    void Add(Bytes w) { sums_ = _mm512_dpbusd_epi32(sums_, _mm512_set1_epi8(1), w); }
+    int32_t Sum() const { return _mm512_reduce_add_epi32(sums_); }
+
+  private:
+    Bytes sums_ = {};
+  };
+
   static constexpr int kFloatRows = 5;
-  static constexpr int kByteRows = 5; // with four rows of W: 29 of the 32 registers
-  using TileByte = int8_t;
-  static void StoreTile(TileByte* out, int, Bytes w) { _mm512_storeu_si512(out, w); }
+  static constexpr int kByteRows = 5; // with four rows of W: 26 of the 32 registers
+  static constexpr int kAdded = 128;
+  static constexpr bool kPairsSaturate = false;
   template <int Rows>
-  static void TileDots(const TileByte* tile, int64_t tile_stride, int64_t columns, const int8_t* x, int64_t stride,
-                       Floats (&dots)[kTileWeights][Rows]) {
+  static void TileDots(const int8_t* tile, int64_t tile_stride, int64_t columns, const int8_t* x, int64_t stride,
+                       int32_t (&dots)[Rows][kTileWeights]) {
     Bytes sums[kTileWeights][Rows];
-    Bytes too_much[kTileWeights];
     for (auto& of_row : sums)
       for (auto& sum : of_row) sum = _mm512_setzero_si512();
-    for (auto& sum : too_much) sum = _mm512_setzero_si512();
     for (int64_t k = 0; k < columns; k += kBytes) {
       Bytes xs[Rows];
       for (int i = 0; i < Rows; ++i) xs[i] = LoadPlus128(x + i * stride + k);
       for (int r = 0; r < kTileWeights; ++r) {
         const Bytes w = _mm512_loadu_si512(tile + r * tile_stride + k);
-        too_much[r] = Add128(too_much[r], w);
         for (int i = 0; i < Rows; ++i) sums[r][i] = _mm512_dpbusd_epi32(sums[r][i], xs[i], w);
       }
     }
-    for (int r = 0; r < kTileWeights; ++r)
-      for (int i = 0; i < Rows; ++i) dots[r][i] = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][i], too_much[r]));
+    for (int i = 0; i < Rows; ++i)
+      for (int r = 0; r < kTileWeights; ++r) dots[i][r] = _mm512_reduce_add_epi32(sums[r][i]);
   }
+
+  static Bytes PlusEight(Bytes w) { return _mm512_add_epi8(w, _mm512_set1_epi8(8)); }
+  class Inputs {
+  public:
+    Inputs() = default;
+    explicit Inputs(const int8_t* x)
+        : x_(_mm512_loadu_si512(x)), eights_(_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(8), x_)) {}
+    Floats TimesInt4(const int8_t* weights) const {
+      const Bytes sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(weights), x_);
+      return _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, eights_));
+    }
+
+  private:
+    Bytes x_, eights_;
+  };
 
   template <ValueType type> struct Scratch {};
 
@@ -187,7 +209,7 @@ struct Avx512 {
 
 } // namespace
 
-extern const Kernels kAvx512Kernels = {"avx512", Multiply<Avx512>, Quantize<Avx512>};
+extern const Kernels kAvx512Kernels = {"avx512", Multiply<Avx512>, Quantize<Avx512>, WantsTransposed<Avx512>};
 
 } // namespace blockpress
 

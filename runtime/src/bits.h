@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(_MSC_VER)
+#include <intrin.h>
+#endif
+
 namespace blockpress {
 
 // Byte i of the result is the number of set bits in bytes 0 to i of the word; the last byte is the number of all.
@@ -23,6 +27,21 @@ inline uint64_t MaskWord(const uint8_t* bytes) {
 }
 
 constexpr int64_t CountBits(uint64_t word) { return static_cast<int64_t>(PrefixCounts(word) >> 56); }
+
+// The number of the lowest set bit of a word that is not 0.
+inline int LowestBit(uint64_t bits) {
+#if defined(__GNUC__)
+  return __builtin_ctzll(bits);
+#elif defined(_WIN64)
+  unsigned long index;
+  _BitScanForward64(&index, bits);
+  return static_cast<int>(index);
+#else
+  int index = 0;
+  for (; (bits & 1) == 0; bits >>= 1) ++index;
+  return index;
+#endif
+}
 
 // For each byte of a mask and each of its eight bits: `width` indices of the bytes of the value that the bit stands
 // for, or 0x80 (the index for which pshufb gives zero) where the bit is not set.

@@ -18,6 +18,9 @@ struct Kernels {
   // Rounds x (columns) to int8: returns the step max|x| / 127 (1 where that is 0; NaN where x is not finite, and
   // then writes zeros). Writes `stride` elements, zeros from `columns` on.
   float (*quantize)(const float* x, int64_t columns, int64_t stride, int8_t* quantized);
+
+  // Whether `multiply` needs `transposed` for these.
+  bool (*wants_transposed)(const Weight& weight, const Activations& activations);
 };
 
 extern const Kernels kScalarKernels;

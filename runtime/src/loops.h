@@ -7,9 +7,16 @@
 //   Dots<Rows>             exact int32 sums of products of int8: one row of W with Rows rows of X
 //   Cursor<type>           walks the values of one row, one piece of 64 columns (eight bytes of its mask) at a time, with
 //                          memory of the type Scratch<type>
-//   TileByte               how a tile holds an int8 weight; StoreTile
-//   TileDots<Rows>         exact dot products of kTileWeights rows of a tile with Rows rows of X as int8, not yet summed
-//                          over the lanes
+//   StoreBytes, FromBytes  a vector of int8 to memory; kFloats int8 in memory as float32
+//   Tally                  the sum of vectors of int8
+//   kAdded                 what TileDots adds to X as int8, so that it has no sign
+//   TileDots<Rows>         the dot products of kTileWeights rows of a tile with Rows rows of X as int8 + kAdded
+//   kPairsSaturate         whether two weights of a tile beside each other may be too large for TileDots; then
+//                          Tally::TakeLarge tells whether there were such since the last call, and
+//                          EachLargePair(weights, body) calls body(k) where those of columns k and k + 1 of a piece are
+//   PlusEight              a vector of int4 weights as bytes without a sign
+//   Inputs(x)              64 columns of a row of X as int8; TimesInt4(weights) gives its exact dot product with those
+//                          weights plus eight, over the lanes, and takes off again what the eights add
 //   kFloatRows, kByteRows  rows of X that one step of the many-row product takes, as float32 and as int8
 //   Fetch(p)               asks the memory for the line at p
 #pragma once
@@ -30,6 +37,8 @@ namespace blockpress {
 constexpr int64_t kFewRows = 4;
 template <class Element> constexpr int64_t kTileColumns = 4096 / static_cast<int64_t>(sizeof(Element));
 constexpr int64_t kTileInputs = 30; // rows of X that meet a tile in turn: whole steps of every instruction set
+constexpr int64_t kMostInputs = 512; // rows of X that one walk over W serves
+constexpr int64_t kTilePieces = kTileColumns<int8_t> / kPieceColumns; // of a row of a tile of int8
 constexpr int64_t kTileWeights = 4; // rows of W that one step of the many-row product takes
 
 // The values come in one stream, the mask in another. Processors fetch ahead within a page only, so the kernels ask for
@@ -103,17 +112,29 @@ inline const uint8_t* RowTimesBytes(const Weight& weight, int64_t row, const uin
   typename Isa::template Cursor<type> cursor(weight, values, &scratch);
   Floats total[Rows];
   for (int i = 0; i < Rows; ++i) total[i] = Isa::Zero();
-  EachGroup(weight, weight.row_scales(row), 0, weight.pieces(),
-            [&](float scale, int64_t first, int64_t last) {
-              typename Isa::template Dots<Rows> dots;
-              for (int64_t piece = first; piece < last; ++piece) {
-                const int8_t* columns = x + piece * kPieceColumns;
-                cursor.EachBytes(mask.piece(piece), [&](int j, typename Isa::Bytes w) {
-                  dots.Add(w, columns + j * Isa::kBytes, stride);
-                });
-              }
-              for (int i = 0; i < Rows; ++i) total[i] = Isa::Fma(dots.Sums(i), Isa::Fill(scale), total[i]);
-            });
+  const float* scales = weight.row_scales(row);
+  const auto add_piece = [&](int64_t piece, auto& dots) {
+    const int8_t* columns = x + piece * kPieceColumns;
+    cursor.EachBytes(mask.piece(piece), [&](int j, typename Isa::Bytes w) {
+      dots.Add(w, columns + j * Isa::kBytes, stride);
+    });
+  };
+  const auto add_group = [&](const auto& dots, float scale) {
+    for (int i = 0; i < Rows; ++i) total[i] = Isa::Fma(dots.Sums(i), Isa::Fill(scale), total[i]);
+  };
+  if (weight.group_size == kPieceColumns) { // as usual for int4, and worth a loop of its own
+    for (int64_t piece = 0; piece < weight.pieces(); ++piece) {
+      typename Isa::template Dots<Rows> dots;
+      add_piece(piece, dots);
+      add_group(dots, scales[piece]);
+    }
+  } else {
+    EachGroup(weight, scales, 0, weight.pieces(), [&](float scale, int64_t first, int64_t last) {
+      typename Isa::template Dots<Rows> dots;
+      for (int64_t piece = first; piece < last; ++piece) add_piece(piece, dots);
+      add_group(dots, scale);
+    });
+  }
   for (int i = 0; i < Rows; ++i) y[i * stride_y] = Isa::Sum(total[i]) * x_scales[i] + weight.row_bias(row);
   return cursor.values();
 }
@@ -163,22 +184,40 @@ BLOCKPRESS_NOINLINE void TileTimesFloats(const float* tile, int64_t columns, con
   for (int i = 0; i < Rows; ++i) Isa::AddSums(sums[0][i], sums[1][i], sums[2][i], sums[3][i], y + i * stride_y);
 }
 
-// The same over int8, for the columns of W from `first` on; scales[r] are those of row r of the tile.
+// The same over int8, for the columns of W from `first` on; scales[r] are those of row r of the tile, and added[r] what
+// kAdded adds to the sums of its groups.
 template <class Isa, int Rows>
-BLOCKPRESS_NOINLINE void TileTimesBytes(const typename Isa::TileByte* tile, const float* const* scales,
-                                        int64_t group_size, int64_t first, int64_t columns, const int8_t* x,
-                                        int64_t stride, float* y, int64_t stride_y) {
+BLOCKPRESS_NOINLINE void TileTimesInt8(const int8_t* tile, const float* const* scales,
+                                       const int32_t (*added)[kTilePieces], int64_t group_size, int64_t first,
+                                       int64_t columns, const int8_t* x, int64_t stride, float* y, int64_t stride_y) {
+  const int64_t first_group = first / group_size;
+  int64_t group = first_group;
+  int64_t end = (group + 1) * group_size - first;
+  for (int64_t k = 0; k < columns; k = end, end += group_size, ++group) {
+    int32_t dots[Rows][kTileWeights];
+    Isa::TileDots(tile + k, kTileColumns<int8_t>, std::min(end, columns) - k, x + k, stride, dots);
+    for (int i = 0; i < Rows; ++i)
+      for (int r = 0; r < kTileWeights; ++r)
+        y[i * stride_y + r] += static_cast<float>(dots[i][r] - added[r][group - first_group]) * scales[r][group];
+  }
+}
+
+// The same over int4 plus eight; scales[r] are those of the pieces of row r.
+template <class Isa, int Rows>
+BLOCKPRESS_NOINLINE void TileTimesInt4(const int8_t* tile, const float (*scales)[kTilePieces], int64_t pieces,
+                                       const int8_t* x, int64_t stride, float* y, int64_t stride_y) {
   using Floats = typename Isa::Floats;
   Floats sums[kTileWeights][Rows];
   for (auto& of_row : sums)
     for (auto& sum : of_row) sum = Isa::Zero();
-  int64_t group = first / group_size;
-  int64_t end = (group + 1) * group_size - first;
-  for (int64_t k = 0; k < columns; k = end, end += group_size, ++group) {
-    Floats dots[kTileWeights][Rows];
-    Isa::TileDots(tile + k, kTileColumns<typename Isa::TileByte>, std::min(end, columns) - k, x + k, stride, dots);
-    for (int r = 0; r < kTileWeights; ++r)
-      for (int i = 0; i < Rows; ++i) sums[r][i] = Isa::Fma(dots[r][i], Isa::Fill(scales[r][group]), sums[r][i]);
+  for (int64_t piece = 0; piece < pieces; ++piece, tile += kPieceColumns, x += kPieceColumns) {
+    typename Isa::Inputs inputs[Rows];
+    for (int i = 0; i < Rows; ++i) inputs[i] = typename Isa::Inputs(x + i * stride);
+    for (int r = 0; r < kTileWeights; ++r) {
+      const Floats scale = Isa::Fill(scales[r][piece]);
+      for (int i = 0; i < Rows; ++i)
+        sums[r][i] = Isa::Fma(inputs[i].TimesInt4(tile + r * kTileColumns<int8_t>), scale, sums[r][i]);
+    }
   }
   for (int i = 0; i < Rows; ++i) Isa::AddSums(sums[0][i], sums[1][i], sums[2][i], sums[3][i], y + i * stride_y);
 }
@@ -190,39 +229,53 @@ template <int most, class Body> inline void EachTileRows(int64_t first, int64_t 
   for (; row < last; ++row) body(std::integral_constant<int, 1>(), row);
 }
 
-// A strip of W on its way through the columns.
+// Whether some products of a tile are made apart, of X transposed.
+template <class Isa, ValueType type> constexpr bool DefersPairs(bool quantized) {
+  return Isa::kPairsSaturate && quantized && type == ValueType::kInt8; // those of int4 are small
+}
+
+// A strip of W on its way through the columns, for up to kMostInputs rows of X.
 template <class Isa, ValueType type, bool quantized> class Strip {
-  using Element = std::conditional_t<quantized, typename Isa::TileByte, float>;
+  using Element = std::conditional_t<quantized, int8_t, float>;
   using Cursor = typename Isa::template Cursor<type>;
   static constexpr int64_t kColumns = kTileColumns<Element>;
-  static constexpr int kMostInputs = quantized ? Isa::kByteRows : Isa::kFloatRows;
+  static constexpr int kStepInputs = quantized ? Isa::kByteRows : Isa::kFloatRows;
+  static constexpr bool kInt4 = quantized && type == ValueType::kInt4;
+  static constexpr bool kDefers = DefersPairs<Isa, type>(quantized);
 
 public:
-  Strip(const Weight& weight, int64_t first_row, int64_t rows) : weight_(weight), first_row_(first_row), rows_(rows) {
+  Strip(const Weight& weight, int64_t first_row, int64_t rows, const Activations& x, float* y)
+      : weight_(weight), first_row_(first_row), rows_(rows), x_(x), y_(y) {
     const uint8_t* values = weight.strip_values(first_row / kStripRows);
     for (int64_t r = 0; r < rows; ++r) {
       starts_[r] = values;
       values += Cursor::RowBytes(MaskRow(weight, first_row + r), weight.pieces());
     }
-    std::fill(tile(), tile() + kStripRows * kColumns, Element{0}); // rows of W beyond the last stay zero
+    for (int64_t r = rows; r < kStripRows; ++r) { // rows of W beyond the last
+      std::fill_n(tile() + r * kColumns, kColumns, Element{0});
+      std::fill_n(scales_[r], kTilePieces, 0.0f);
+      std::fill_n(added_[r], kTilePieces, 0);
+    }
+    if (kDefers) std::fill_n(deferred(0), rows * TransposedWidth(x.rows), 0.0f);
   }
 
-  void Multiply(const Activations& x, float* y) {
-    for (int64_t m = 0; m < x.rows; ++m) std::fill_n(y + m * weight_.rows + first_row_, rows_, 0.0f);
+  void Multiply() {
+    for (int64_t m = 0; m < x_.rows; ++m) std::fill_n(y_ + m * weight_.rows + first_row_, rows_, 0.0f);
     for (int64_t first = 0; first < weight_.columns; first += kColumns) {
       const int64_t last_piece = std::min((first + kColumns) / kPieceColumns, weight_.pieces());
       for (int64_t r = 0; r < rows_; ++r) Expand(r, first / kPieceColumns, last_piece);
       const int64_t columns = last_piece * kPieceColumns - first;
-      for (int64_t m = 0; m < x.rows; m += kTileInputs)
+      for (int64_t m = 0; m < x_.rows; m += kTileInputs)
         for (int64_t r = 0; r < rows_; r += kTileWeights)
-          EachTileRows<kMostInputs>(m, std::min(m + kTileInputs, x.rows), [&](auto count, int64_t row) {
-            AddProducts<decltype(count)::value>(r, first, columns, x, row, y);
+          EachTileRows<kStepInputs>(m, std::min(m + kTileInputs, x_.rows), [&](auto count, int64_t row) {
+            AddProducts<decltype(count)::value>(r, first, columns, row);
           });
     }
-    for (int64_t m = 0; m < x.rows; ++m)
+    for (int64_t m = 0; m < x_.rows; ++m)
       for (int64_t r = 0; r < rows_; ++r) {
-        float& out = y[m * weight_.rows + first_row_ + r];
-        out = (quantized ? out * x.scales[m] : out) + weight_.row_bias(first_row_ + r);
+        float& out = y_[m * weight_.rows + first_row_ + r];
+        if (kDefers) out += deferred(r)[m];
+        out = (quantized ? out * x_.scales[m] : out) + weight_.row_bias(first_row_ + r);
       }
   }
 
@@ -232,50 +285,105 @@ private:
     return tile;
   }
 
+  // The products of row r of the strip that TileDots cannot take, by rows of X.
+  float* deferred(int64_t r) const {
+    alignas(64) static thread_local float products[kDefers ? kStripRows * kMostInputs : 1];
+    return products + r * TransposedWidth(x_.rows);
+  }
+
   // Puts the weights of these pieces of row r into the tile.
   void Expand(int64_t r, int64_t first_piece, int64_t last_piece) {
     const MaskRow mask(weight_, first_row_ + r);
     Cursor cursor(weight_, starts_[r], &scratch_);
     Element* out = tile() + r * kColumns;
+    int64_t group = 0;
     EachGroup(weight_, weight_.row_scales(first_row_ + r), first_piece, last_piece,
               [&](float scale, int64_t first, int64_t last) {
+                typename Isa::Tally tally;
+                uint64_t large = 0; // the pieces of this group with pairs that are too large
+                Element* weights = out;
                 for (int64_t piece = first; piece < last; ++piece, out += kPieceColumns) {
                   const uint8_t* bits = mask.piece(piece);
-                  if constexpr (quantized) {
-                    cursor.EachBytes(bits, [&](int j, typename Isa::Bytes w) { Isa::StoreTile(out, j, w); });
-                  } else {
+                  if constexpr (!quantized) {
                     cursor.EachFloats(bits, [&](int j, typename Isa::Floats w) {
                       Isa::Store(out + j * Isa::kFloats, Isa::Times(w, Isa::Fill(scale)));
                     });
+                  } else if constexpr (kInt4) {
+                    cursor.EachBytes(bits, [&](int j, typename Isa::Bytes w) {
+                      Isa::StoreBytes(out + j * Isa::kBytes, Isa::PlusEight(w));
+                    });
+                    scales_[r][piece - first_piece] = scale;
+                  } else {
+                    cursor.EachBytes(bits, [&](int j, typename Isa::Bytes w) {
+                      Isa::StoreBytes(out + j * Isa::kBytes, w);
+                      tally.Add(w);
+                    });
+                    if constexpr (kDefers) large |= uint64_t{tally.TakeLarge()} << (piece - first);
                   }
                 }
+                if constexpr (quantized && !kInt4)
+                  added_[r][group++] = Isa::kAdded * (tally.Sum() - DeferLarge(r, scale, weights, first, large));
               });
     starts_[r] = cursor.values();
   }
 
+  // Takes one weight out of each pair that is too large, in those of the pieces from `first` on whose bits are set, and
+  // makes its products apart; returns the sum of these weights.
+  int32_t DeferLarge(int64_t r, float scale, int8_t* weights, int64_t first, uint64_t large) {
+    int32_t sum = 0;
+    if constexpr (kDefers) {
+      for (; large != 0; large &= large - 1) {
+        const int64_t start = LowestBit(large) * kPieceColumns;
+        Isa::EachLargePair(weights + start, [&](int64_t k) {
+          int8_t& w = weights[start + k + 1];
+          Defer(r, scale * static_cast<float>(w), first * kPieceColumns + start + k + 1);
+          sum += w;
+          w = 0;
+        });
+      }
+    }
+    return sum;
+  }
+
+  // Adds the products of a weight of row r with its column of X to the deferred ones.
+  void Defer(int64_t r, float weight, int64_t column) {
+    const int8_t* x = x_.transposed + column * x_.transposed_width;
+    const typename Isa::Floats w = Isa::Fill(weight);
+    for (int64_t m = 0; m < x_.rows; m += Isa::kFloats) {
+      float* out = deferred(r) + m;
+      Isa::Store(out, Isa::Fma(w, Isa::FromBytes(x + m), Isa::Load(out)));
+    }
+  }
+
   // Adds the products of kTileWeights rows of the tile, from r on, with `count` rows of X, from m on.
-  template <int count>
-  void AddProducts(int64_t r, int64_t first, int64_t columns, const Activations& x, int64_t m, float* y) {
+  template <int count> void AddProducts(int64_t r, int64_t first, int64_t columns, int64_t m) {
     const Element* weights = tile() + r * kColumns;
     const int64_t rows = std::min(kTileWeights, rows_ - r);
     float sums[count][kTileWeights] = {};
-    if constexpr (quantized) {
+    if constexpr (kInt4) {
+      TileTimesInt4<Isa, count>(weights, scales_ + r, columns / kPieceColumns, x_.quantized + m * x_.stride + first,
+                                x_.stride, sums[0], kTileWeights);
+    } else if constexpr (quantized) {
       const float* scales[kTileWeights];
       for (int64_t i = 0; i < kTileWeights; ++i) // rows beyond the last have weights of zero
         scales[i] = weight_.row_scales(first_row_ + r + std::min(i, rows - 1));
-      TileTimesBytes<Isa, count>(weights, scales, weight_.group_size, first, columns, x.quantized + m * x.stride + first,
-                                 x.stride, sums[0], kTileWeights);
+      TileTimesInt8<Isa, count>(weights, scales, added_ + r, weight_.group_size, first, columns,
+                                x_.quantized + m * x_.stride + first, x_.stride, sums[0], kTileWeights);
     } else {
-      TileTimesFloats<Isa, count>(weights, columns, x.x + m * x.stride + first, x.stride, sums[0], kTileWeights);
+      TileTimesFloats<Isa, count>(weights, columns, x_.x + m * x_.stride + first, x_.stride, sums[0], kTileWeights);
     }
     for (int i = 0; i < count; ++i)
-      for (int64_t n = 0; n < rows; ++n) y[(m + i) * weight_.rows + first_row_ + r + n] += sums[i][n];
+      for (int64_t n = 0; n < rows; ++n) y_[(m + i) * weight_.rows + first_row_ + r + n] += sums[i][n];
   }
 
   const Weight& weight_;
   int64_t first_row_;
   int64_t rows_;
+  const Activations& x_;
+  float* y_;
   const uint8_t* starts_[kStripRows]; // where each row's values go on
+  float scales_[kStripRows][kTilePieces]; // of the pieces of int4
+  int32_t added_[kStripRows][kTilePieces]; // what kAdded adds to the sums of the groups of int8
   typename Isa::template Scratch<type> scratch_;
 };
 
@@ -285,18 +393,22 @@ void MultiplyMany(const Weight& weight, const Activations& x, int64_t first_row,
     const int64_t rows = std::min(kStripRows, last_row - row);
     if constexpr (type == ValueType::kInt8 || type == ValueType::kInt4) {
       if (x.quantized != nullptr) {
-        Strip<Isa, type, true>(weight, row, rows).Multiply(x, y);
+        Strip<Isa, type, true>(weight, row, rows, x, y).Multiply();
         continue;
       }
     }
-    Strip<Isa, type, false>(weight, row, rows).Multiply(x, y);
+    Strip<Isa, type, false>(weight, row, rows, x, y).Multiply();
   }
 }
 
 template <class Isa, ValueType type>
 inline void MultiplyRows(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row, float* y) {
   if (x.rows <= kFewRows) MultiplyFew<Isa, type>(weight, x, first_row, last_row, y);
-  else MultiplyMany<Isa, type>(weight, x, first_row, last_row, y);
+  else
+    for (int64_t m = 0; m < x.rows; m += kMostInputs) {
+      const Activations part = x.part(m, std::min(kMostInputs, x.rows - m));
+      MultiplyMany<Isa, type>(weight, part, first_row, last_row, y + m * weight.rows);
+    }
 }
 
 // What Kernels::multiply is, for one instruction set.
@@ -312,6 +424,12 @@ void Multiply(const Weight& weight, const Activations& x, int64_t first_strip, i
   case ValueType::kInt8: return MultiplyRows<Isa, ValueType::kInt8>(weight, x, first, last, y);
   case ValueType::kInt4: return MultiplyRows<Isa, ValueType::kInt4>(weight, x, first, last, y);
   }
+}
+
+// What Kernels::wants_transposed is, for one instruction set.
+template <class Isa> bool WantsTransposed(const Weight& weight, const Activations& x) {
+  const bool quantized = x.quantized != nullptr && x.rows > kFewRows;
+  return weight.type == ValueType::kInt8 && DefersPairs<Isa, ValueType::kInt8>(quantized);
 }
 
 // What Kernels::quantize is, for one instruction set.

@@ -4,30 +4,13 @@
 #include <cmath>
 #include <type_traits>
 
+#include "bits.h"
 #include "kernels.h"
-
-#if defined(_MSC_VER)
-#include <intrin.h>
-#endif
 
 namespace blockpress {
 namespace {
 
 constexpr int64_t kRowsAtOnce = 8; // activation rows that share one walk over the mask
-
-int LowestBit(uint64_t bits) {
-#if defined(__GNUC__)
-  return __builtin_ctzll(bits);
-#elif defined(_WIN64)
-  unsigned long index;
-  _BitScanForward64(&index, bits);
-  return static_cast<int>(index);
-#else
-  int index = 0;
-  for (; (bits & 1) == 0; bits >>= 1) ++index;
-  return index;
-#endif
-}
 
 template <typename T>
 T Load(const uint8_t* bytes) {
@@ -156,8 +139,10 @@ float Quantize(const float* x, int64_t columns, int64_t stride, int8_t* quantize
   return step;
 }
 
+bool WantsTransposed(const Weight&, const Activations&) { return false; }
+
 } // namespace
 
-extern const Kernels kScalarKernels = {"scalar", &Multiply, &Quantize};
+extern const Kernels kScalarKernels = {"scalar", &Multiply, &Quantize, &WantsTransposed};
 
 } // namespace blockpress

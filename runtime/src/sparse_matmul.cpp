@@ -15,6 +15,7 @@ constexpr size_t kInputs = 1 + kWeightInputs;
 constexpr int64_t kMaxTasks = 256;
 // Products that are worth handing to another thread: some 20 microseconds of a vector kernel.
 constexpr int64_t kTaskProducts = 1 << 19;
+constexpr int64_t kTransposedColumns = 512; // columns of x that one task transposes
 
 struct Kernel {
   const ort::Api* api;
@@ -155,6 +156,7 @@ struct Run {
   const float* x;
   int8_t* quantized;
   float* steps;
+  int8_t* transposed;
   float* y;
   int64_t strips;
   int64_t strips_per_task;
@@ -166,6 +168,13 @@ void QuantizeTask(void* argument, size_t index) {
   const int64_t columns = run.weight->columns, stride = run.activations.stride;
   run.steps[row] =
       run.kernel->kernels->quantize(run.x + row * columns, columns, stride, run.quantized + row * stride);
+}
+
+void TransposeTask(void* argument, size_t index) {
+  const Run& run = *static_cast<Run*>(argument);
+  const int64_t first = static_cast<int64_t>(index) * kTransposedColumns;
+  const int64_t last = first + kTransposedColumns;
+  Transpose(run.activations, first, last < run.activations.stride ? last : run.activations.stride, run.transposed);
 }
 
 void MultiplyTask(void* argument, size_t index) {
@@ -184,10 +193,26 @@ ort::Status* ForEach(Run* run, void (*task)(void*, size_t), int64_t count) {
   return run->kernel->api->KernelContextParallelFor(run->context, task, static_cast<size_t>(count), run);
 }
 
+ort::Status* OutOfMemory(const Run& run) {
+  return run.kernel->api->CreateStatus(ort::kFail, "SparseMatMul: out of memory for the rows of x");
+}
+
 // Bytes of `rows` rows of `stride` elements, or -1 where they are beyond 64 bits.
 int64_t RowBytes(int64_t rows, int64_t stride, int64_t element) {
   constexpr int64_t kLimit = INT64_MAX / 2;
   return rows > kLimit / (stride * element) ? -1 : rows * stride * element;
+}
+
+// The rows of x once more, columns first, where the kernels want that.
+ort::Status* TransposeActivations(Run* run, Buffer* columns) {
+  Activations& activations = run->activations;
+  if (!run->kernel->kernels->wants_transposed(*run->weight, activations)) return nullptr;
+  activations.transposed_width = TransposedWidth(activations.rows);
+  const int64_t bytes = RowBytes(activations.stride, activations.transposed_width, 1);
+  if (bytes >= 0) run->transposed = static_cast<int8_t*>(columns->Allocate(bytes));
+  if (run->transposed == nullptr) return OutOfMemory(*run);
+  activations.transposed = run->transposed;
+  return ForEach(run, &TransposeTask, (activations.stride + kTransposedColumns - 1) / kTransposedColumns);
 }
 
 // The rows of x as kernels want them: rounded to int8, padded to whole pieces, or where they are.
@@ -203,9 +228,7 @@ ort::Status* PrepareActivations(Run* run, Buffer* rows, Buffer* steps) {
   const int64_t bytes = RowBytes(activations.rows, activations.stride, rounded ? 1 : sizeof(float));
   void* memory = bytes < 0 ? nullptr : rows->Allocate(bytes);
   if (rounded) run->steps = static_cast<float*>(steps->Allocate(activations.rows * 4));
-  if (memory == nullptr || (rounded && run->steps == nullptr)) {
-    return run->kernel->api->CreateStatus(ort::kFail, "SparseMatMul: out of memory for the rows of x");
-  }
+  if (memory == nullptr || (rounded && run->steps == nullptr)) return OutOfMemory(*run);
   if (rounded) {
     run->quantized = static_cast<int8_t*>(memory);
     activations.quantized = run->quantized;
@@ -246,7 +269,7 @@ ort::Status* BLOCKPRESS_ORT_CALL Compute(void* self, ort::KernelContext* context
   if (x.rows == 0 || weight.rows == 0) return nullptr;
   if (auto* status = kernel.api->GetTensorMutableData(output, &y)) return status;
 
-  Buffer rows, steps;
+  Buffer rows, steps, columns;
   Run run{};
   run.kernel = &kernel;
   run.context = context;
@@ -257,6 +280,7 @@ ort::Status* BLOCKPRESS_ORT_CALL Compute(void* self, ort::KernelContext* context
   run.strips = (weight.rows + kStripRows - 1) / kStripRows;
   run.strips_per_task = StripsPerTask(weight, x.rows, run.strips);
   if (auto* status = PrepareActivations(&run, &rows, &steps)) return status;
+  if (auto* status = TransposeActivations(&run, &columns)) return status;
   return ForEach(&run, &MultiplyTask, (run.strips + run.strips_per_task - 1) / run.strips_per_task);
 }
 

@@ -71,10 +71,36 @@ private:
 // X (rows, columns), the rows padded with zeros to whole pieces of 64 columns.
 struct Activations {
   int64_t rows;
-  int64_t stride;          // elements from one row to the next: the columns rounded up to whole pieces
-  const float* x;          // null where x is used as int8
-  const int8_t* quantized; // null where x is used as float32; values from -127 to 127
-  const float* scales;     // (rows): the step of each row of `quantized`
+  int64_t stride;           // elements from one row to the next: the columns rounded up to whole pieces
+  const float* x;           // null where x is used as int8
+  const int8_t* quantized;  // null where x is used as float32; values from -127 to 127
+  const float* scales;      // (rows): the step of each row of `quantized`
+  const int8_t* transposed; // (stride, transposed_width): `quantized` once more, or null where the kernels do not want it
+  int64_t transposed_width; // the rows rounded up to whole kTransposedRows, with zeros
+
+  // Rows first to first + count - 1.
+  Activations part(int64_t first, int64_t count) const {
+    Activations part = *this;
+    part.rows = count;
+    if (x != nullptr) part.x += first * stride;
+    if (quantized != nullptr) {
+      part.quantized += first * stride;
+      part.scales += first;
+    }
+    if (transposed != nullptr) part.transposed += first;
+    return part;
+  }
 };
+
+constexpr int64_t kTransposedRows = 16;
+constexpr int64_t TransposedWidth(int64_t rows) { return (rows + kTransposedRows - 1) / kTransposedRows * kTransposedRows; }
+
+// Writes columns first to last - 1 of `transposed`.
+inline void Transpose(const Activations& x, int64_t first, int64_t last, int8_t* transposed) {
+  const int64_t width = TransposedWidth(x.rows);
+  for (int64_t m = 0; m < width; ++m)
+    for (int64_t k = first; k < last; ++k)
+      transposed[k * width + m] = m < x.rows ? x.quantized[m * x.stride + k] : int8_t{0};
+}
 
 } // namespace blockpress

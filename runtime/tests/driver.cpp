@@ -231,10 +231,17 @@ void FillRow(Random& random, bool finite, int64_t columns, float* x) {
   if (kind == 9) x[Between(random, 0, columns - 1)] = -INFINITY;
 }
 
+// Rows of X: few, for tiles, and for small matrices sometimes more than one walk over W serves.
+int64_t RandomRows(Random& random, const Weight& weight) {
+  const int64_t choice = Between(random, 0, 5);
+  if (choice == 0 && weight.rows * weight.columns < 2000) return Between(random, 500, 600);
+  return choice < 2 ? Between(random, 16, 40) : Between(random, 1, 9);
+}
+
 // X as the kernels get it, rounded by the kernels under test where it is.
 struct Inputs {
   Inputs(Random& random, const Weight& weight, const Attributes& attributes, const Kernels& kernels)
-      : rows(Between(random, 0, 2) == 0 ? Between(random, 16, 40) : Between(random, 1, 9)),
+      : rows(RandomRows(random, weight)),
         stride(weight.pieces() * kPieceColumns),
         x(random, static_cast<size_t>(rows * stride) * 4, 4),
         quantized(random, static_cast<size_t>(rows * stride), 1),
@@ -245,7 +252,12 @@ struct Inputs {
       if (rounded) same = Round(random, weight.columns, row, kernels) && same;
     }
     activations = {rows, stride, rounded ? nullptr : x.as<float>(), rounded ? quantized.as<int8_t>() : nullptr,
-                   rounded ? steps.as<float>() : nullptr};
+                   rounded ? steps.as<float>() : nullptr, nullptr, 0};
+    if (!kernels.wants_transposed(weight, activations)) return;
+    activations.transposed_width = TransposedWidth(rows);
+    transposed = std::make_unique<Block>(random, static_cast<size_t>(stride * activations.transposed_width), 1);
+    Transpose(activations, 0, stride, transposed->as<int8_t>());
+    activations.transposed = transposed->as<int8_t>();
   }
 
   // Whether the kernels round the row as the scalar ones do.
@@ -263,6 +275,7 @@ struct Inputs {
 
   int64_t rows, stride;
   Block x, quantized, steps;
+  std::unique_ptr<Block> transposed;
   Activations activations;
   bool same = true;
 };

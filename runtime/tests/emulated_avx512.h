@@ -88,6 +88,7 @@ BLOCKPRESS_FLOATS(_mm512_max_ps, (x > y ? x : y))
 BLOCKPRESS_INTEGERS(_mm512_xor_si512, uint64_t, (x ^ y))
 BLOCKPRESS_INTEGERS(_mm512_or_si512, uint64_t, (x | y))
 BLOCKPRESS_INTEGERS(_mm512_and_si512, uint64_t, (x & y))
+BLOCKPRESS_INTEGERS(_mm512_add_epi8, uint8_t, (x + y))
 BLOCKPRESS_INTEGERS(_mm512_sub_epi8, uint8_t, (x - y))
 BLOCKPRESS_INTEGERS(_mm512_sub_epi32, uint32_t, (x - y))
 BLOCKPRESS_INTEGERS(_mm512_min_epi32, int32_t, (x < y ? x : y))
@@ -149,6 +150,11 @@ inline __m512 _mm512_fmadd_ps(const __m512& a, const __m512& b, const __m512& c)
 }
 inline __m512 _mm512_abs_ps(const __m512& v) {
   return blockpress_emulated::Floats([&](int i) { return std::fabs(blockpress_emulated::At(v, i)); });
+}
+inline int _mm512_reduce_add_epi32(const __m512i& v) {
+  int32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += blockpress_emulated::Get<int32_t>(v, i);
+  return sum;
 }
 inline float _mm512_reduce_add_ps(const __m512& v) {
   float lanes[16];
