@@ -2,7 +2,8 @@
 
 Each contender is a graph of as many matrices of one shape as its weights need to be far larger than the caches (or
 `--megabytes` says), all different, so that ONNX Runtime cannot share them. Sessions run one after the other in each
-round (A B C A B C ...), without spinning threads; a row is the median over the rounds, per matrix. Rivals:
+round (A B C A B C ...), without spinning threads; a row is the median over the rounds, per matrix, and a ratio the median
+of those within the rounds. Rivals:
 `dense-float32` (MatMul), `dense-int8` (DynamicQuantizeLinear, MatMulInteger and the scales, as ONNX Runtime's dynamic
 quantisation writes it) and `dense-int4` (MatMulNBits, blocks of 32, accuracy level 4). "bandwidth" is the bytes of the
 weights over the time, as a share of what reading memory with as many threads reaches just before.
@@ -220,17 +221,23 @@ def read_bandwidth(threads: int, megabytes: int = 1024) -> float:
     return best
 
 
+def ratio(rival: list[float], ours: list[float]) -> float:
+    """How many times faster than the rival: the median over the rounds of the ratios within them."""
+    return statistics.median(theirs / seconds for theirs, seconds in zip(rival, ours, strict=True))
+
+
 def table(contenders: list[Contender], rows: int, bandwidth: float) -> list[str]:
     """Markdown rows: the time per matrix, ratios to the rivals, share of the bandwidth."""
-    medians = {c.name: statistics.median(c.seconds) for c in contenders}
+    by_name = {c.name: c.seconds for c in contenders}
     lines = []
     for c in contenders:
-        ratios = " | ".join(f"{medians[rival] / medians[c.name]:.2f}" for rival in RIVALS)
-        share = c.bytes_per_matrix / medians[c.name] / bandwidth
+        ratios = " | ".join(f"{ratio(by_name[rival], c.seconds):.2f}" for rival in RIVALS)
+        median = statistics.median(c.seconds)
+        share = c.bytes_per_matrix / median / bandwidth
         quarters = statistics.quantiles(c.seconds, n=4)
-        spread = (quarters[2] - quarters[0]) / medians[c.name]
+        spread = (quarters[2] - quarters[0]) / median
         lines.append(
-            f"| {c.name} | {rows} | {medians[c.name] * 1e3:.3f} | {spread:.0%} | {ratios} | "
+            f"| {c.name} | {rows} | {median * 1e3:.3f} | {spread:.0%} | {ratios} | "
             f"{c.bytes_per_matrix / 1e6:.1f} | {share:.0%} |"
         )
     return lines
@@ -315,7 +322,7 @@ def compare(
             for c in contenders:
                 c.run(x)
                 c.seconds.clear()
-            for _ in range(rounds if count < 16 else max(3, rounds // 5)):
+            for _ in range(rounds if count < 16 else max(3, rounds // 3)):
                 for c in contenders:
                     c.run(x)
             say(f"K = {K}, N = {outputs}, {sparsity:.0%} zeros, {bandwidth / 1e9:.1f} GB/s read\n")

@@ -13,8 +13,11 @@ namespace {
 
 constexpr size_t kInputs = 1 + kWeightInputs;
 constexpr int64_t kMaxTasks = 256;
-// Products that are worth handing to another thread: some 20 microseconds of a vector kernel.
-constexpr int64_t kTaskProducts = 1 << 19;
+// A run of fewer products, some 30 microseconds of a vector kernel, is not worth waking another thread.
+constexpr int64_t kSharedProducts = 1 << 19;
+// Products of one task, some 2 microseconds: as a sleeping thread takes long to wake, tasks are small, so that the one
+// that is awake can go on with what the other has not begun.
+constexpr int64_t kTaskProducts = 1 << 15;
 constexpr int64_t kTransposedColumns = 512; // columns of x that one task transposes
 
 struct Kernel {
@@ -248,9 +251,10 @@ ort::Status* PrepareActivations(Run* run, Buffer* rows, Buffer* steps) {
 int64_t StripsPerTask(const Weight& weight, int64_t x_rows, int64_t strips) {
   const int64_t products = kStripRows * weight.columns; // of one strip and one row of x, below 2^35
   const int64_t of_strip = x_rows > INT64_MAX / products ? INT64_MAX : x_rows * products;
-  const int64_t worthwhile = of_strip > kTaskProducts ? 1 : kTaskProducts / of_strip;
+  if (of_strip <= kSharedProducts / strips) return strips;
+  const int64_t large_enough = of_strip > kTaskProducts ? 1 : kTaskProducts / of_strip;
   const int64_t few_enough = (strips + kMaxTasks - 1) / kMaxTasks;
-  return worthwhile > few_enough ? worthwhile : few_enough;
+  return large_enough > few_enough ? large_enough : few_enough;
 }
 
 ort::Status* BLOCKPRESS_ORT_CALL Compute(void* self, ort::KernelContext* context) {

@@ -58,7 +58,8 @@ class MaskRow {
 public:
   MaskRow(const Weight& weight, int64_t row)
       : bytes_(weight.mask + row * weight.mask_row_bytes()), whole_(weight.mask_row_bytes() / 8) {
-    std::memcpy(last_, bytes_ + whole_ * 8, static_cast<size_t>(weight.mask_row_bytes() - whole_ * 8));
+    const int64_t left = weight.mask_row_bytes() - whole_ * 8;
+    if (left != 0) std::memcpy(last_, bytes_ + whole_ * 8, static_cast<size_t>(left)); // a call, at every row
   }
   const uint8_t* piece(int64_t i) const { return i < whole_ ? bytes_ + i * 8 : last_; }
 
