@@ -196,11 +196,13 @@ struct Avx2 {
   static constexpr int kAdded = 127;
   static constexpr bool kPairsSaturate = true;
   static Bytes LoadAdded(const int8_t* x) { return _mm256_add_epi8(LoadBytes(x), _mm256_set1_epi8(kAdded)); }
-  // The sums of four vectors.
-  BLOCKPRESS_NOINLINE static void StoreSums(__m256i a, __m256i b, __m256i c, __m256i d, int32_t* sums) {
+  // A function of its own, or GCC keeps the sums in memory.
+  BLOCKPRESS_NOINLINE static void AddScaledSums(__m256i a, __m256i b, __m256i c, __m256i d, const float* scales,
+                                                const int32_t* added, float* y) {
     const __m256i halves = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
     const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), four);
+    const __m128i sums = _mm_sub_epi32(four, _mm_loadu_si128(reinterpret_cast<const __m128i*>(added)));
+    _mm_storeu_ps(y, _mm_fmadd_ps(_mm_cvtepi32_ps(sums), _mm_loadu_ps(scales), _mm_loadu_ps(y)));
   }
   static __m256i SumPairs(Bytes w) { return _mm256_maddubs_epi16(_mm256_set1_epi8(1), w); }
   static uint32_t LargePairs(__m256i sizes) { // two bits a pair
@@ -237,22 +239,22 @@ struct Avx2 {
   }
 
   template <int Rows>
-  BLOCKPRESS_NOINLINE static void TileDots(const int8_t* tile, int64_t tile_stride, int64_t columns, const int8_t* x,
-                                           int64_t stride, int32_t (&dots)[Rows][kTileWeights]) {
+  static void TileDots(const int8_t* tile, int64_t columns, const int8_t* x, int64_t stride, const float* scales,
+                       const int32_t* added, float* y, int64_t stride_y) {
     static_assert(Rows <= kByteRows && kByteRows == 2 && kTileWeights == 4);
     // Variables and not an array, which GCC would write to memory.
     __m256i a0 = _mm256_setzero_si256(), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
     for (int64_t k = 0; k < columns; k += kBytes) {
       const __m256i xa = LoadAdded(x + k), xb = LoadAdded(x + (Rows - 1) * stride + k);
       const auto add = [&](int r, __m256i sums, __m256i columns) {
-        const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile + r * tile_stride + k));
+        const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile + r * kTileColumns<int8_t> + k));
         return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(columns, w), _mm256_set1_epi16(1)));
       };
       a0 = add(0, a0, xa), a1 = add(1, a1, xa), a2 = add(2, a2, xa), a3 = add(3, a3, xa);
       if constexpr (Rows == 2) b0 = add(0, b0, xb), b1 = add(1, b1, xb), b2 = add(2, b2, xb), b3 = add(3, b3, xb);
     }
-    StoreSums(a0, a1, a2, a3, dots[0]);
-    if constexpr (Rows == 2) StoreSums(b0, b1, b2, b3, dots[1]);
+    AddScaledSums(a0, a1, a2, a3, scales, added, y);
+    if constexpr (Rows == 2) AddScaledSums(b0, b1, b2, b3, scales, added, y + stride_y);
   }
 
   static Bytes PlusEight(Bytes w) { return _mm256_add_epi8(w, _mm256_set1_epi8(8)); }

@@ -95,8 +95,8 @@ struct Avx512 {
   static constexpr int kAdded = 128;
   static constexpr bool kPairsSaturate = false;
   template <int Rows>
-  static void TileDots(const int8_t* tile, int64_t tile_stride, int64_t columns, const int8_t* x, int64_t stride,
-                       int32_t (&dots)[Rows][kTileWeights]) {
+  static void TileDots(const int8_t* tile, int64_t columns, const int8_t* x, int64_t stride, const float* scales,
+                       const int32_t* added, float* y, int64_t stride_y) {
     Bytes sums[kTileWeights][Rows];
     for (auto& of_row : sums)
       for (auto& sum : of_row) sum = _mm512_setzero_si512();
@@ -104,12 +104,13 @@ struct Avx512 {
       Bytes xs[Rows];
       for (int i = 0; i < Rows; ++i) xs[i] = LoadPlus128(x + i * stride + k);
       for (int r = 0; r < kTileWeights; ++r) {
-        const Bytes w = _mm512_loadu_si512(tile + r * tile_stride + k);
+        const Bytes w = _mm512_loadu_si512(tile + r * kTileColumns<int8_t> + k);
         for (int i = 0; i < Rows; ++i) sums[r][i] = _mm512_dpbusd_epi32(sums[r][i], xs[i], w);
       }
     }
     for (int i = 0; i < Rows; ++i)
-      for (int r = 0; r < kTileWeights; ++r) dots[i][r] = _mm512_reduce_add_epi32(sums[r][i]);
+      for (int r = 0; r < kTileWeights; ++r)
+        y[i * stride_y + r] += static_cast<float>(_mm512_reduce_add_epi32(sums[r][i]) - added[r]) * scales[r];
   }
 
   static Bytes PlusEight(Bytes w) { return _mm512_add_epi8(w, _mm512_set1_epi8(8)); }

@@ -10,7 +10,8 @@
 //   StoreBytes, FromBytes  a vector of int8 to memory; kFloats int8 in memory as float32
 //   Tally                  the sum of vectors of int8
 //   kAdded                 what TileDots adds to X as int8, so that it has no sign
-//   TileDots<Rows>         the dot products of kTileWeights rows of a tile with Rows rows of X as int8 + kAdded
+//   TileDots<Rows>         adds to y the dot products of kTileWeights rows of a tile with Rows rows of X as int8 + kAdded,
+//                          less what that adds to them, times their scales
 //   kPairsSaturate         whether two weights of a tile beside each other may be too large for TileDots; then
 //                          Tally::TakeLarge tells whether there were such since the last call, and
 //                          EachLargePair(weights, body) calls body(k) where those of columns k and k + 1 of a piece are
@@ -184,37 +185,33 @@ BLOCKPRESS_NOINLINE void TileTimesFloats(const float* tile, int64_t columns, con
   for (int i = 0; i < Rows; ++i) Isa::AddSums(sums[0][i], sums[1][i], sums[2][i], sums[3][i], y + i * stride_y);
 }
 
-// The same over int8, for the columns of W from `first` on; scales[r] are those of row r of the tile, and added[r] what
-// kAdded adds to the sums of its groups.
+// What holds for each row of a strip, one after the other, in a group or piece of a tile.
+template <class T> using OfRows = T[kStripRows];
+
+// The same over int8, for the columns of W from `first` on. `scales` and `added`, what kAdded adds to the sums, are those
+// of the tile's groups, from the first of the kTileWeights rows on.
 template <class Isa, int Rows>
-BLOCKPRESS_NOINLINE void TileTimesInt8(const int8_t* tile, const float* const* scales,
-                                       const int32_t (*added)[kTilePieces], int64_t group_size, int64_t first,
-                                       int64_t columns, const int8_t* x, int64_t stride, float* y, int64_t stride_y) {
-  const int64_t first_group = first / group_size;
-  int64_t group = first_group;
-  int64_t end = (group + 1) * group_size - first;
-  for (int64_t k = 0; k < columns; k = end, end += group_size, ++group) {
-    int32_t dots[Rows][kTileWeights];
-    Isa::TileDots(tile + k, kTileColumns<int8_t>, std::min(end, columns) - k, x + k, stride, dots);
-    for (int i = 0; i < Rows; ++i)
-      for (int r = 0; r < kTileWeights; ++r)
-        y[i * stride_y + r] += static_cast<float>(dots[i][r] - added[r][group - first_group]) * scales[r][group];
-  }
+BLOCKPRESS_NOINLINE void TileTimesInt8(const int8_t* tile, const float* scales, const int32_t* added,
+                                       int64_t group_size, int64_t first, int64_t columns, const int8_t* x,
+                                       int64_t stride, float* y, int64_t stride_y) {
+  int64_t end = (first / group_size + 1) * group_size - first;
+  for (int64_t k = 0; k < columns; k = end, end += group_size, scales += kStripRows, added += kStripRows)
+    Isa::template TileDots<Rows>(tile + k, std::min(end, columns) - k, x + k, stride, scales, added, y, stride_y);
 }
 
-// The same over int4 plus eight; scales[r] are those of the pieces of row r.
+// The same over int4 plus eight, with the scales of the tile's pieces.
 template <class Isa, int Rows>
-BLOCKPRESS_NOINLINE void TileTimesInt4(const int8_t* tile, const float (*scales)[kTilePieces], int64_t pieces,
-                                       const int8_t* x, int64_t stride, float* y, int64_t stride_y) {
+BLOCKPRESS_NOINLINE void TileTimesInt4(const int8_t* tile, const float* scales, int64_t pieces, const int8_t* x,
+                                       int64_t stride, float* y, int64_t stride_y) {
   using Floats = typename Isa::Floats;
   Floats sums[kTileWeights][Rows];
   for (auto& of_row : sums)
     for (auto& sum : of_row) sum = Isa::Zero();
-  for (int64_t piece = 0; piece < pieces; ++piece, tile += kPieceColumns, x += kPieceColumns) {
+  for (; pieces > 0; --pieces, tile += kPieceColumns, x += kPieceColumns, scales += kStripRows) {
     typename Isa::Inputs inputs[Rows];
     for (int i = 0; i < Rows; ++i) inputs[i] = typename Isa::Inputs(x + i * stride);
     for (int r = 0; r < kTileWeights; ++r) {
-      const Floats scale = Isa::Fill(scales[r][piece]);
+      const Floats scale = Isa::Fill(scales[r]);
       for (int i = 0; i < Rows; ++i)
         sums[r][i] = Isa::Fma(inputs[i].TimesInt4(tile + r * kTileColumns<int8_t>), scale, sums[r][i]);
     }
@@ -252,9 +249,8 @@ public:
       values += Cursor::RowBytes(MaskRow(weight, first_row + r), weight.pieces());
     }
     for (int64_t r = rows; r < kStripRows; ++r) { // rows of W beyond the last
-      std::fill_n(tile() + r * kColumns, kColumns, Element{0});
-      std::fill_n(scales_[r], kTilePieces, 0.0f);
-      std::fill_n(added_[r], kTilePieces, 0);
+      std::fill_n(tile_ + r * kColumns, kColumns, Element{0});
+      for (int64_t i = 0; i < kTilePieces; ++i) scales_[i][r] = 0, added_[i][r] = 0;
     }
     if (kDefers) std::fill_n(deferred(0), rows * TransposedWidth(x.rows), 0.0f);
   }
@@ -280,22 +276,23 @@ public:
   }
 
 private:
-  static Element* tile() {
+  // Memory of the thread: to look for it is a call.
+  static Element* TileMemory() {
     alignas(64) static thread_local Element tile[kStripRows * kColumns];
     return tile;
   }
-
-  // The products of row r of the strip that TileDots cannot take, by rows of X.
-  float* deferred(int64_t r) const {
+  static float* DeferredMemory() {
     alignas(64) static thread_local float products[kDefers ? kStripRows * kMostInputs : 1];
-    return products + r * TransposedWidth(x_.rows);
+    return products;
   }
+  // The products of row r of the strip that TileDots cannot take, by rows of X.
+  float* deferred(int64_t r) const { return deferred_ + r * TransposedWidth(x_.rows); }
 
   // Puts the weights of these pieces of row r into the tile.
   void Expand(int64_t r, int64_t first_piece, int64_t last_piece) {
     const MaskRow mask(weight_, first_row_ + r);
     Cursor cursor(weight_, starts_[r], &scratch_);
-    Element* out = tile() + r * kColumns;
+    Element* out = tile_ + r * kColumns;
     int64_t group = 0;
     EachGroup(weight_, weight_.row_scales(first_row_ + r), first_piece, last_piece,
               [&](float scale, int64_t first, int64_t last) {
@@ -312,7 +309,7 @@ private:
                     cursor.EachBytes(bits, [&](int j, typename Isa::Bytes w) {
                       Isa::StoreBytes(out + j * Isa::kBytes, Isa::PlusEight(w));
                     });
-                    scales_[r][piece - first_piece] = scale;
+                    scales_[piece - first_piece][r] = scale;
                   } else {
                     cursor.EachBytes(bits, [&](int j, typename Isa::Bytes w) {
                       Isa::StoreBytes(out + j * Isa::kBytes, w);
@@ -321,22 +318,25 @@ private:
                     if constexpr (kDefers) large |= uint64_t{tally.TakeLarge()} << (piece - first);
                   }
                 }
-                if constexpr (quantized && !kInt4)
-                  added_[r][group++] = Isa::kAdded * (tally.Sum() - DeferLarge(r, scale, weights, first, large));
+                if constexpr (quantized && !kInt4) {
+                  scales_[group][r] = scale;
+                  added_[group++][r] = Isa::kAdded * (tally.Sum() - TakeLarge(scale, weights, first, large));
+                }
               });
     starts_[r] = cursor.values();
+    if constexpr (kDefers) DeferTaken(r);
   }
 
-  // Takes one weight out of each pair that is too large, in those of the pieces from `first` on whose bits are set, and
-  // makes its products apart; returns the sum of these weights.
-  int32_t DeferLarge(int64_t r, float scale, int8_t* weights, int64_t first, uint64_t large) {
+  // Takes one weight out of each pair that is too large, in those of the pieces from `first` on whose bits are set;
+  // returns the sum of these weights.
+  int32_t TakeLarge(float scale, int8_t* weights, int64_t first, uint64_t large) {
     int32_t sum = 0;
     if constexpr (kDefers) {
       for (; large != 0; large &= large - 1) {
         const int64_t start = LowestBit(large) * kPieceColumns;
         Isa::EachLargePair(weights + start, [&](int64_t k) {
           int8_t& w = weights[start + k + 1];
-          Defer(r, scale * static_cast<float>(w), first * kPieceColumns + start + k + 1);
+          taken_[taken_count_++] = {scale * static_cast<float>(w), first * kPieceColumns + start + k + 1};
           sum += w;
           w = 0;
         });
@@ -345,35 +345,47 @@ private:
     return sum;
   }
 
-  // Adds the products of a weight of row r with its column of X to the deferred ones.
-  void Defer(int64_t r, float weight, int64_t column) {
-    const int8_t* x = x_.transposed + column * x_.transposed_width;
-    const typename Isa::Floats w = Isa::Fill(weight);
-    for (int64_t m = 0; m < x_.rows; m += Isa::kFloats) {
-      float* out = deferred(r) + m;
-      Isa::Store(out, Isa::Fma(w, Isa::FromBytes(x + m), Isa::Load(out)));
+  // Makes the products of the weights that were taken out of row r.
+  void DeferTaken(int64_t r) {
+    constexpr int64_t kAhead = 4;
+    const auto column = [&](int64_t i) { return x_.transposed + taken_[i].column * x_.transposed_width; };
+    const auto fetch = [&](int64_t i) {
+      if (i >= taken_count_) return;
+      for (int64_t m = 0; m < x_.rows; m += 64) Isa::Fetch(reinterpret_cast<const uint8_t*>(column(i) + m));
+    };
+    for (int64_t i = 0; i < kAhead; ++i) fetch(i);
+    float* const out = deferred(r);
+    const int64_t rows = x_.rows;
+    for (int64_t i = 0; i < taken_count_; ++i) {
+      fetch(i + kAhead);
+      const int8_t* x = column(i);
+      const typename Isa::Floats w = Isa::Fill(taken_[i].weight);
+      for (int64_t m = 0; m < rows; m += Isa::kFloats)
+        Isa::Store(out + m, Isa::Fma(w, Isa::FromBytes(x + m), Isa::Load(out + m)));
     }
+    taken_count_ = 0;
   }
 
   // Adds the products of kTileWeights rows of the tile, from r on, with `count` rows of X, from m on.
   template <int count> void AddProducts(int64_t r, int64_t first, int64_t columns, int64_t m) {
-    const Element* weights = tile() + r * kColumns;
+    const Element* weights = tile_ + r * kColumns;
     const int64_t rows = std::min(kTileWeights, rows_ - r);
-    float sums[count][kTileWeights] = {};
+    float* y = y_ + m * weight_.rows + first_row_ + r;
+    float sums[count][kTileWeights] = {}; // of rows some of which are beyond the last
+    float* out = rows == kTileWeights ? y : sums[0];
+    const int64_t stride_out = rows == kTileWeights ? weight_.rows : kTileWeights;
     if constexpr (kInt4) {
-      TileTimesInt4<Isa, count>(weights, scales_ + r, columns / kPieceColumns, x_.quantized + m * x_.stride + first,
-                                x_.stride, sums[0], kTileWeights);
+      TileTimesInt4<Isa, count>(weights, &scales_[0][r], columns / kPieceColumns, x_.quantized + m * x_.stride + first,
+                                x_.stride, out, stride_out);
     } else if constexpr (quantized) {
-      const float* scales[kTileWeights];
-      for (int64_t i = 0; i < kTileWeights; ++i) // rows beyond the last have weights of zero
-        scales[i] = weight_.row_scales(first_row_ + r + std::min(i, rows - 1));
-      TileTimesInt8<Isa, count>(weights, scales, added_ + r, weight_.group_size, first, columns,
-                                x_.quantized + m * x_.stride + first, x_.stride, sums[0], kTileWeights);
+      TileTimesInt8<Isa, count>(weights, &scales_[0][r], &added_[0][r], weight_.group_size, first, columns,
+                                x_.quantized + m * x_.stride + first, x_.stride, out, stride_out);
     } else {
-      TileTimesFloats<Isa, count>(weights, columns, x_.x + m * x_.stride + first, x_.stride, sums[0], kTileWeights);
+      TileTimesFloats<Isa, count>(weights, columns, x_.x + m * x_.stride + first, x_.stride, out, stride_out);
     }
+    if (rows == kTileWeights) return;
     for (int i = 0; i < count; ++i)
-      for (int64_t n = 0; n < rows; ++n) y_[(m + i) * weight_.rows + first_row_ + r + n] += sums[i][n];
+      for (int64_t n = 0; n < rows; ++n) y[i * weight_.rows + n] += sums[i][n];
   }
 
   const Weight& weight_;
@@ -381,10 +393,17 @@ private:
   int64_t rows_;
   const Activations& x_;
   float* y_;
+  Element* const tile_ = TileMemory();
+  float* const deferred_ = DeferredMemory();
   const uint8_t* starts_[kStripRows]; // where each row's values go on
-  float scales_[kStripRows][kTilePieces]; // of the pieces of int4
-  int32_t added_[kStripRows][kTilePieces]; // what kAdded adds to the sums of the groups of int8
+  OfRows<float> scales_[kTilePieces]; // of the groups of int8, or the pieces of int4
+  OfRows<int32_t> added_[kTilePieces]; // what kAdded adds to the sums of the groups of int8
   typename Isa::template Scratch<type> scratch_;
+  struct {
+    float weight; // times its scale
+    int64_t column;
+  } taken_[kDefers ? kTileColumns<int8_t> / 2 : 1]; // out of the row that is expanded
+  int64_t taken_count_ = 0;
 };
 
 template <class Isa, ValueType type>

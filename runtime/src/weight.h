@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 namespace blockpress {
 
@@ -96,12 +97,25 @@ struct Activations {
 constexpr int64_t kTransposedRows = 16;
 constexpr int64_t TransposedWidth(int64_t rows) { return (rows + kTransposedRows - 1) / kTransposedRows * kTransposedRows; }
 
-// Writes columns first to last - 1 of `transposed`.
+// Swaps the bits of a under mask << shift with those of b under mask.
+inline void SwapBits(uint64_t& a, uint64_t& b, int shift, uint64_t mask) {
+  const uint64_t different = (a >> shift ^ b) & mask;
+  a ^= different << shift;
+  b ^= different;
+}
+
+// Writes columns first to last - 1, a multiple of 8, of `transposed`.
 inline void Transpose(const Activations& x, int64_t first, int64_t last, int8_t* transposed) {
   const int64_t width = TransposedWidth(x.rows);
-  for (int64_t m = 0; m < width; ++m)
-    for (int64_t k = first; k < last; ++k)
-      transposed[k * width + m] = m < x.rows ? x.quantized[m * x.stride + k] : int8_t{0};
+  for (int64_t m = 0; m < width; m += 8)
+    for (int64_t k = first; k < last; k += 8) {
+      uint64_t rows[8] = {}; // a square of eight by eight bytes, of which ever smaller squares change places
+      for (int64_t i = 0; i < 8 && m + i < x.rows; ++i) std::memcpy(&rows[i], x.quantized + (m + i) * x.stride + k, 8);
+      for (int i = 0; i < 4; ++i) SwapBits(rows[i], rows[i + 4], 32, 0x00000000ffffffffu);
+      for (int i : {0, 1, 4, 5}) SwapBits(rows[i], rows[i + 2], 16, 0x0000ffff0000ffffu);
+      for (int i : {0, 2, 4, 6}) SwapBits(rows[i], rows[i + 1], 8, 0x00ff00ff00ff00ffu);
+      for (int64_t i = 0; i < 8; ++i) std::memcpy(transposed + (k + i) * width + m, &rows[i], 8);
+    }
 }
 
 } // namespace blockpress
