@@ -247,7 +247,7 @@ struct Avx2 {
     for (int64_t k = 0; k < columns; k += kBytes) {
       const __m256i xa = LoadAdded(x + k), xb = LoadAdded(x + (Rows - 1) * stride + k);
       const auto add = [&](int r, __m256i sums, __m256i columns) {
-        const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile + r * kTileColumns<int8_t> + k));
+        const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile + r * kTileStride<int8_t> + k));
         return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(columns, w), _mm256_set1_epi16(1)));
       };
       a0 = add(0, a0, xa), a1 = add(1, a1, xa), a2 = add(2, a2, xa), a3 = add(3, a3, xa);

@@ -104,7 +104,7 @@ struct Avx512 {
       Bytes xs[Rows];
       for (int i = 0; i < Rows; ++i) xs[i] = LoadPlus128(x + i * stride + k);
       for (int r = 0; r < kTileWeights; ++r) {
-        const Bytes w = _mm512_loadu_si512(tile + r * kTileColumns<int8_t> + k);
+        const Bytes w = _mm512_loadu_si512(tile + r * kTileStride<int8_t> + k);
         for (int i = 0; i < Rows; ++i) sums[r][i] = _mm512_dpbusd_epi32(sums[r][i], xs[i], w);
       }
     }

@@ -37,6 +37,8 @@ namespace blockpress {
 // expanded once into the cache.
 constexpr int64_t kFewRows = 4;
 template <class Element> constexpr int64_t kTileColumns = 4096 / static_cast<int64_t>(sizeof(Element));
+// From one row of a tile to the next: at 4096 bytes, all rows would want the same places of the cache.
+template <class Element> constexpr int64_t kTileStride = kTileColumns<Element> + 192 / static_cast<int64_t>(sizeof(Element));
 constexpr int64_t kTileInputs = 30; // rows of X that meet a tile in turn: whole steps of every instruction set
 constexpr int64_t kMostInputs = 512; // rows of X that one walk over W serves
 constexpr int64_t kTilePieces = kTileColumns<int8_t> / kPieceColumns; // of a row of a tile of int8
@@ -178,7 +180,7 @@ BLOCKPRESS_NOINLINE void TileTimesFloats(const float* tile, int64_t columns, con
     Floats xs[Rows];
     for (int i = 0; i < Rows; ++i) xs[i] = Isa::Load(x + i * stride + k);
     for (int r = 0; r < kTileWeights; ++r) {
-      const Floats w = Isa::Load(tile + r * kTileColumns<float> + k);
+      const Floats w = Isa::Load(tile + r * kTileStride<float> + k);
       for (int i = 0; i < Rows; ++i) sums[r][i] = Isa::Fma(w, xs[i], sums[r][i]);
     }
   }
@@ -213,7 +215,7 @@ BLOCKPRESS_NOINLINE void TileTimesInt4(const int8_t* tile, const float* scales, 
     for (int r = 0; r < kTileWeights; ++r) {
       const Floats scale = Isa::Fill(scales[r]);
       for (int i = 0; i < Rows; ++i)
-        sums[r][i] = Isa::Fma(inputs[i].TimesInt4(tile + r * kTileColumns<int8_t>), scale, sums[r][i]);
+        sums[r][i] = Isa::Fma(inputs[i].TimesInt4(tile + r * kTileStride<int8_t>), scale, sums[r][i]);
     }
   }
   for (int i = 0; i < Rows; ++i) Isa::AddSums(sums[0][i], sums[1][i], sums[2][i], sums[3][i], y + i * stride_y);
@@ -249,7 +251,7 @@ public:
       values += Cursor::RowBytes(MaskRow(weight, first_row + r), weight.pieces());
     }
     for (int64_t r = rows; r < kStripRows; ++r) { // rows of W beyond the last
-      std::fill_n(tile_ + r * kColumns, kColumns, Element{0});
+      std::fill_n(tile_ + r * kTileStride<Element>, kColumns, Element{0});
       for (int64_t i = 0; i < kTilePieces; ++i) scales_[i][r] = 0, added_[i][r] = 0;
     }
     if (kDefers) std::fill_n(deferred(0), rows * TransposedWidth(x.rows), 0.0f);
@@ -278,7 +280,7 @@ public:
 private:
   // Memory of the thread: to look for it is a call.
   static Element* TileMemory() {
-    alignas(64) static thread_local Element tile[kStripRows * kColumns];
+    alignas(64) static thread_local Element tile[kStripRows * kTileStride<Element>];
     return tile;
   }
   static float* DeferredMemory() {
@@ -292,7 +294,7 @@ private:
   void Expand(int64_t r, int64_t first_piece, int64_t last_piece) {
     const MaskRow mask(weight_, first_row_ + r);
     Cursor cursor(weight_, starts_[r], &scratch_);
-    Element* out = tile_ + r * kColumns;
+    Element* out = tile_ + r * kTileStride<Element>;
     int64_t group = 0;
     EachGroup(weight_, weight_.row_scales(first_row_ + r), first_piece, last_piece,
               [&](float scale, int64_t first, int64_t last) {
@@ -368,7 +370,7 @@ private:
 
   // Adds the products of kTileWeights rows of the tile, from r on, with `count` rows of X, from m on.
   template <int count> void AddProducts(int64_t r, int64_t first, int64_t columns, int64_t m) {
-    const Element* weights = tile_ + r * kColumns;
+    const Element* weights = tile_ + r * kTileStride<Element>;
     const int64_t rows = std::min(kTileWeights, rows_ - r);
     float* y = y_ + m * weight_.rows + first_row_ + r;
     float sums[count][kTileWeights] = {}; // of rows some of which are beyond the last
