@@ -20,7 +20,7 @@ from runtime_samples import (
     tensors_of,
 )
 
-from blockpress_runtime.packing import PackedMatrix, ValueType
+from blockpress_runtime.packing import PackedMatrix, ValueType, pack
 
 pytestmark = needs_library
 
@@ -69,6 +69,19 @@ def test_rounded_activations_are_multiplied_exactly(dtype: ValueType, group_size
     integers, step = rounded_rows(x)
     y = multiply(x, packed, activation_bits=8)
     assert largest_error(y, integers * step.astype(np.float64), packed) <= TOLERANCE
+
+
+@pytest.mark.parametrize("rows", [5, 16, 600])
+@pytest.mark.parametrize("low", [100, -127])
+def test_weights_of_the_largest_size_do_not_overflow(rows: int, low: int) -> None:
+    """Products that no int16 holds two of, with few and many rows of x, of x's largest size too: exact all the same."""
+    generator = np.random.default_rng(0)
+    W = generator.integers(low, 128, (37, 4200)).astype(np.int8)
+    W[generator.random(W.shape) < 0.3] = 0
+    packed = pack(W, "int8", np.full((37, 1), 0.01, np.float32))
+    x = generator.choice([-127.0, 127.0], (rows, 4200)).astype(np.float32)
+    x[::2] = np.sign(W[0]) * 127.0 + (W[0] == 0)
+    assert largest_error(multiply(x, packed, activation_bits=8), x, packed) <= TOLERANCE
 
 
 def test_ties_round_to_even() -> None:

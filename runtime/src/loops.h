@@ -338,7 +338,8 @@ private:
         const int64_t start = LowestBit(large) * kPieceColumns;
         Isa::EachLargePair(weights + start, [&](int64_t k) {
           int8_t& w = weights[start + k + 1];
-          taken_[taken_count_++] = {scale * static_cast<float>(w), first * kPieceColumns + start + k + 1};
+          const auto column = static_cast<int32_t>(first * kPieceColumns + start + k + 1);
+          taken_[taken_count_++] = {scale * static_cast<float>(w), column};
           sum += w;
           w = 0;
         });
@@ -403,7 +404,7 @@ private:
   typename Isa::template Scratch<type> scratch_;
   struct {
     float weight; // times its scale
-    int64_t column;
+    int32_t column;
   } taken_[kDefers ? kTileColumns<int8_t> / 2 : 1]; // out of the row that is expanded
   int64_t taken_count_ = 0;
 };

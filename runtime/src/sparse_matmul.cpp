@@ -12,7 +12,7 @@ namespace blockpress {
 namespace {
 
 constexpr size_t kInputs = 1 + kWeightInputs;
-constexpr int64_t kMaxTasks = 256;
+constexpr int64_t kMaxTasks = 64;
 // A run of fewer products, some 30 microseconds of a vector kernel, is not worth waking another thread.
 constexpr int64_t kSharedProducts = 1 << 19;
 // Products of one task, some 2 microseconds: as a sleeping thread takes long to wake, tasks are small, so that the one
