@@ -2,11 +2,11 @@
 
 Each contender is a graph of as many matrices of one shape as its weights need to be far larger than the caches (or
 `--megabytes` says), all different, so that ONNX Runtime cannot share them. Sessions run one after the other in each
-round (A B C A B C ...), without spinning threads; a row is the median over the rounds, per matrix, and a ratio the median
-of those within the rounds. Rivals:
-`dense-float32` (MatMul), `dense-int8` (DynamicQuantizeLinear, MatMulInteger and the scales, as ONNX Runtime's dynamic
-quantisation writes it) and `dense-int4` (MatMulNBits, blocks of 32, accuracy level 4). "bandwidth" is the bytes of the
-weights over the time, as a share of what reading memory with as many threads reaches just before.
+round (A B C A B C ...), without spinning threads; a row is the median over the rounds, per matrix, and a ratio the
+median of those within the rounds. Rivals: `dense-float32` (MatMul), `dense-int8` (DynamicQuantizeLinear,
+MatMulInteger and the scales, as ONNX Runtime's dynamic quantisation writes it) and `dense-int4` (MatMulNBits, blocks of
+32, accuracy level 4). "bandwidth" is the bytes of the weights over the time, as a share of what reading memory with as
+many threads reaches just before.
 
     python bench/runtime.py --columns 4096,11008 --sparsities 0.5,0.7 --rows 1,16,128 --markdown runtime.md
 

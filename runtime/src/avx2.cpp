@@ -188,6 +188,7 @@ struct Avx2 {
 
   static void StoreBytes(int8_t* p, Bytes w) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w); }
   static Floats FromBytes(const int8_t* p) { return Float8(Load8(p)); }
+
   static constexpr int kFloatRows = 3;
   static constexpr int kByteRows = 2; // with three, not all sums stay in registers
 
@@ -196,6 +197,7 @@ struct Avx2 {
   static constexpr int kAdded = 127;
   static constexpr bool kPairsSaturate = true;
   static Bytes LoadAdded(const int8_t* x) { return _mm256_add_epi8(LoadBytes(x), _mm256_set1_epi8(kAdded)); }
+
   // A function of its own, or GCC keeps the sums in memory.
   BLOCKPRESS_NOINLINE static void AddScaledSums(__m256i a, __m256i b, __m256i c, __m256i d, const float* scales,
                                                 const int32_t* added, float* y) {
@@ -204,6 +206,7 @@ struct Avx2 {
     const __m128i sums = _mm_sub_epi32(four, _mm_loadu_si128(reinterpret_cast<const __m128i*>(added)));
     _mm_storeu_ps(y, _mm_fmadd_ps(_mm_cvtepi32_ps(sums), _mm_loadu_ps(scales), _mm_loadu_ps(y)));
   }
+
   static __m256i SumPairs(Bytes w) { return _mm256_maddubs_epi16(_mm256_set1_epi8(1), w); }
   static uint32_t LargePairs(__m256i sizes) { // two bits a pair
     return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpgt_epi16(sizes, _mm256_set1_epi16(129))));
@@ -246,9 +249,9 @@ struct Avx2 {
     __m256i a0 = _mm256_setzero_si256(), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
     for (int64_t k = 0; k < columns; k += kBytes) {
       const __m256i xa = LoadAdded(x + k), xb = LoadAdded(x + (Rows - 1) * stride + k);
-      const auto add = [&](int r, __m256i sums, __m256i columns) {
+      const auto add = [&](int r, __m256i sums, __m256i inputs) {
         const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile + r * kTileStride<int8_t> + k));
-        return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(columns, w), _mm256_set1_epi16(1)));
+        return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(inputs, w), _mm256_set1_epi16(1)));
       };
       a0 = add(0, a0, xa), a1 = add(1, a1, xa), a2 = add(2, a2, xa), a3 = add(3, a3, xa);
       if constexpr (Rows == 2) b0 = add(0, b0, xb), b1 = add(1, b1, xb), b2 = add(2, b2, xb), b3 = add(3, b3, xb);
