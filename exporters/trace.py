@@ -25,6 +25,7 @@ from exporters.bfloat16 import widen_bfloat16
 from exporters.block_cache import BlockCache
 from exporters.errors import ExportError
 from exporters.example import ExampleSizes, example_inputs
+from exporters.key_transpose import simplify_key_transposes
 from exporters.parts import ModelParts
 from exporters.probe import BlockCall, replaced_blocks
 from exporters.template import Template
@@ -83,6 +84,7 @@ def trace_model(
     inputs, axes = example_inputs(parts, templates, sizes)
     model = _traced(parts, templates, inputs, axes, opset)
     widen_bfloat16(model.graph)
+    simplify_key_transposes(model.graph)
     return _named_model(model, inputs, len(templates))
 
 
