@@ -38,7 +38,8 @@ namespace blockpress {
 constexpr int64_t kFewRows = 4;
 template <class Element> constexpr int64_t kTileColumns = 4096 / static_cast<int64_t>(sizeof(Element));
 // From one row of a tile to the next: at 4096 bytes, all rows would want the same places of the cache.
-template <class Element> constexpr int64_t kTileStride = kTileColumns<Element> + 192 / static_cast<int64_t>(sizeof(Element));
+template <class Element>
+constexpr int64_t kTileStride = kTileColumns<Element> + 192 / static_cast<int64_t>(sizeof(Element));
 constexpr int64_t kTileInputs = 30; // rows of X that meet a tile in turn: whole steps of every instruction set
 constexpr int64_t kMostInputs = 512; // rows of X that one walk over W serves
 constexpr int64_t kTilePieces = kTileColumns<int8_t> / kPieceColumns; // of a row of a tile of int8
@@ -190,7 +191,7 @@ BLOCKPRESS_NOINLINE void TileTimesFloats(const float* tile, int64_t columns, con
 // What holds for each row of a strip, one after the other, in a group or piece of a tile.
 template <class T> using OfRows = T[kStripRows];
 
-// The same over int8, for the columns of W from `first` on. `scales` and `added`, what kAdded adds to the sums, are those
+// The same over int8, for the columns of W from `first` on. `scales` and `added` (what kAdded adds to the sums) are those
 // of the tile's groups, from the first of the kTileWeights rows on.
 template <class Isa, int Rows>
 BLOCKPRESS_NOINLINE void TileTimesInt8(const int8_t* tile, const float* scales, const int32_t* added,
@@ -294,39 +295,53 @@ private:
   void Expand(int64_t r, int64_t first_piece, int64_t last_piece) {
     const MaskRow mask(weight_, first_row_ + r);
     Cursor cursor(weight_, starts_[r], &scratch_);
-    Element* out = tile_ + r * kTileStride<Element>;
+    Element* const row = tile_ + r * kTileStride<Element>;
     int64_t group = 0;
     EachGroup(weight_, weight_.row_scales(first_row_ + r), first_piece, last_piece,
               [&](float scale, int64_t first, int64_t last) {
-                typename Isa::Tally tally;
-                uint64_t large = 0; // the pieces of this group with pairs that are too large
-                Element* weights = out;
-                for (int64_t piece = first; piece < last; ++piece, out += kPieceColumns) {
-                  const uint8_t* bits = mask.piece(piece);
-                  if constexpr (!quantized) {
-                    cursor.EachFloats(bits, [&](int j, typename Isa::Floats w) {
-                      Isa::Store(out + j * Isa::kFloats, Isa::Times(w, Isa::Fill(scale)));
-                    });
-                  } else if constexpr (kInt4) {
-                    cursor.EachBytes(bits, [&](int j, typename Isa::Bytes w) {
-                      Isa::StoreBytes(out + j * Isa::kBytes, Isa::PlusEight(w));
-                    });
-                    scales_[piece - first_piece][r] = scale;
-                  } else {
-                    cursor.EachBytes(bits, [&](int j, typename Isa::Bytes w) {
-                      Isa::StoreBytes(out + j * Isa::kBytes, w);
-                      tally.Add(w);
-                    });
-                    if constexpr (kDefers) large |= uint64_t{tally.TakeLarge()} << (piece - first);
-                  }
-                }
-                if constexpr (quantized && !kInt4) {
+                Element* weights = row + (first - first_piece) * kPieceColumns;
+                if constexpr (kInt4) {
+                  ExpandInt4(mask, first, last, &cursor, weights);
+                  for (int64_t piece = first; piece < last; ++piece) scales_[piece - first_piece][r] = scale;
+                } else if constexpr (quantized) {
                   scales_[group][r] = scale;
-                  added_[group++][r] = Isa::kAdded * (tally.Sum() - TakeLarge(scale, weights, first, large));
+                  added_[group++][r] = Isa::kAdded * ExpandInt8(mask, first, last, scale, &cursor, weights);
+                } else {
+                  ExpandFloats(mask, first, last, scale, &cursor, weights);
                 }
               });
     starts_[r] = cursor.values();
     if constexpr (kDefers) DeferTaken(r);
+  }
+
+  // The weights of a group, times its scale.
+  static void ExpandFloats(const MaskRow& mask, int64_t first, int64_t last, float scale, Cursor* cursor, float* out) {
+    for (int64_t piece = first; piece < last; ++piece, out += kPieceColumns)
+      cursor->EachFloats(mask.piece(piece), [&](int j, typename Isa::Floats w) {
+        Isa::Store(out + j * Isa::kFloats, Isa::Times(w, Isa::Fill(scale)));
+      });
+  }
+
+  static void ExpandInt4(const MaskRow& mask, int64_t first, int64_t last, Cursor* cursor, int8_t* out) {
+    for (int64_t piece = first; piece < last; ++piece, out += kPieceColumns)
+      cursor->EachBytes(mask.piece(piece), [&](int j, typename Isa::Bytes w) {
+        Isa::StoreBytes(out + j * Isa::kBytes, Isa::PlusEight(w));
+      });
+  }
+
+  // Returns the sum of the weights, without those that are taken out.
+  int32_t ExpandInt8(const MaskRow& mask, int64_t first, int64_t last, float scale, Cursor* cursor, int8_t* weights) {
+    typename Isa::Tally tally;
+    uint64_t large = 0; // the pieces with pairs that are too large
+    int8_t* out = weights;
+    for (int64_t piece = first; piece < last; ++piece, out += kPieceColumns) {
+      cursor->EachBytes(mask.piece(piece), [&](int j, typename Isa::Bytes w) {
+        Isa::StoreBytes(out + j * Isa::kBytes, w);
+        tally.Add(w);
+      });
+      if constexpr (kDefers) large |= uint64_t{tally.TakeLarge()} << (piece - first);
+    }
+    return tally.Sum() - TakeLarge(scale, weights, first, large);
   }
 
   // Takes one weight out of each pair that is too large, in those of the pieces from `first` on whose bits are set;

@@ -77,7 +77,7 @@ struct Activations {
   const float* x;           // null where x is used as int8
   const int8_t* quantized;  // null where x is used as float32; values from -127 to 127
   const float* scales;      // (rows): the step of each row of `quantized`
-  const int8_t* transposed; // (stride, transposed_width): `quantized` once more, or null where the kernels do not want it
+  const int8_t* transposed; // (stride, transposed_width): `quantized` once more; null where the kernels do not want it
   int64_t transposed_width; // the rows rounded up to whole kTransposedRows, with zeros
 
   // Rows first to first + count - 1.
@@ -95,7 +95,9 @@ struct Activations {
 };
 
 constexpr int64_t kTransposedRows = 16;
-constexpr int64_t TransposedWidth(int64_t rows) { return (rows + kTransposedRows - 1) / kTransposedRows * kTransposedRows; }
+constexpr int64_t TransposedWidth(int64_t rows) {
+  return (rows + kTransposedRows - 1) / kTransposedRows * kTransposedRows;
+}
 
 // Swaps the bits of a under mask << shift with those of b under mask.
 inline void SwapBits(uint64_t& a, uint64_t& b, int shift, uint64_t mask) {
