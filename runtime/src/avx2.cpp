@@ -1,5 +1,5 @@
-// Kernels for AVX2 (with FMA and F16C): values are put at their columns by byte and lane shuffles whose indices come
-// from tables of the 256 possible mask bytes.
+// Kernels for AVX2 (with FMA, F16C and BMI): values are put at their columns by byte and lane shuffles. For float32 their
+// indices come from tables of the 256 possible mask bytes, for int8 they are worked out in registers (Places).
 #include <immintrin.h>
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 #include "kernels.h"
 #include "target.h"
 
-BLOCKPRESS_TARGET("avx2,fma,f16c,popcnt")
+BLOCKPRESS_TARGET("avx2,fma,f16c,popcnt,bmi,bmi2")
 #include "loops.h"
 
 namespace blockpress {
@@ -21,38 +21,38 @@ namespace {
 alignas(64) constexpr auto kBytes = ExpandIndices<1>();
 alignas(64) constexpr auto kHalves = ExpandIndices<2>();
 
-// The indices of a mask byte, then eight times the number of its bits.
-constexpr std::array<std::array<uint8_t, 16>, 256> IndicesAndCounts() {
-  std::array<std::array<uint8_t, 16>, 256> table{};
-  for (int bits = 0; bits < 256; ++bits)
-    for (int k = 0; k < 8; ++k) {
-      table[bits][k] = kBytes[bits][k];
-      table[bits][8 + k] = static_cast<uint8_t>(CountBits(static_cast<uint64_t>(bits)));
-    }
-  return table;
-}
-alignas(64) constexpr auto kBytesAndCount = IndicesAndCounts();
-
 inline __m128i Load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
 
 inline __m256i LoadBytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
-// `low` with its high eight bytes replaced.
-inline __m128i LoadHigh8(__m128i low, const void* high) {
-  return _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(low), static_cast<const double*>(high)));
+// Sixteen bytes of each in the two lanes.
+inline __m256i LoadLanes(const uint8_t* low, const uint8_t* high) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low))),
+                                 _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
+}
+
+inline __m256i BothLanes(__m128i lane) { return _mm256_broadcastsi128_si256(lane); }
+
+// The same vector, of which the compiler then knows nothing: constants that it knows it makes anew within loops, for
+// want of registers, and a product with one it takes apart into shifts and sums.
+inline __m256i Opaque(__m256i v) {
+#if defined(__GNUC__)
+  asm("" : "+x"(v));
+#endif
+  return v;
 }
 
 inline int64_t Count(uint32_t bits) { return _mm_popcnt_u32(bits); }
 
 inline __m256 Float8(__m128i int8) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(int8)); }
 
-// Eight columns as float32: `bits` of the mask, whose first value lies at p.
-template <ValueType type> inline __m256 ExpandFloats(const uint8_t* p, uint32_t bits) {
+// Eight columns as float32: `bits` of the mask, whose first value lies at p. `zero` is that.
+template <ValueType type> inline __m256 ExpandFloats(const uint8_t* p, uint32_t bits, __m256 zero) {
   if constexpr (type == ValueType::kFloat32) {
     // The same indices, one a lane: the top bit of a lane says that nothing is stored there.
     const __m256i lanes = _mm256_cvtepi8_epi32(Load8(kBytes[bits].data()));
     const __m256 values = _mm256_permutevar8x32_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(p)), lanes);
-    return _mm256_blendv_ps(values, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
+    return _mm256_blendv_ps(values, zero, _mm256_castsi256_ps(lanes));
   } else if constexpr (type == ValueType::kInt8) {
     return Float8(_mm_shuffle_epi8(Load8(p), Load8(kBytes[bits].data())));
   } else {
@@ -66,16 +66,51 @@ template <ValueType type> inline __m256 ExpandFloats(const uint8_t* p, uint32_t 
 
 // The set bits of the first `columns` columns of a piece.
 template <int columns> inline int64_t CountFirst(uint64_t word) {
-  return static_cast<int64_t>(_mm_popcnt_u64(word << (64 - columns)));
+  if constexpr (columns == 64) return static_cast<int64_t>(_mm_popcnt_u64(word));
+  else if constexpr (columns == 32) return _mm_popcnt_u32(static_cast<uint32_t>(word));
+  else return static_cast<int64_t>(_mm_popcnt_u64(_bzhi_u64(word, columns)));
 }
 
-// Sixteen columns of int8: two bytes of the mask, whose first value lies at p. The second eight indices go on from the
-// number of the first byte's bits.
-inline __m128i ExpandBytes(const uint8_t* p, const uint8_t* bits) {
-  const __m128i second = LoadHigh8(_mm_setzero_si128(), kBytes[bits[1]].data());
-  const __m128i first = _mm_load_si128(reinterpret_cast<const __m128i*>(kBytesAndCount[bits[0]].data()));
-  return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_add_epi8(first, second));
-}
+// Where the int8 values of two pieces lie, as indices of pshufb: a vector for each half piece, whose low lane stands for
+// sixteen columns and whose high lane for the sixteen columns that lie 32 further. The sixteen are four groups of four,
+// and byte 4 q + c is column q of group c. The four mask bits of the group, times 8 >> q, have the column's own bit at 8
+// and those of the columns before it below, and a table of the sixteen possible such numbers gives how many values of
+// the group come first, or 0x80 (the index for which pshufb gives zero) where the own bit is not set. How many values
+// the groups before have comes to that. Activations::quantized has its columns in the same order (Avx2::Arrange).
+class Places {
+public:
+  struct Constants {
+    __m256i spread, low_bits, counts, before, own_bits, ranks;
+    Constants() {
+      // Mask bytes 0, 1; 2, 3 of both pieces for the low lane, 4, 5; 6, 7 for the high one, each in an int16.
+      spread = Opaque(_mm256_setr_epi8(0, -1, 1, -1, 2, -1, 3, -1, 8, -1, 9, -1, 10, -1, 11, -1, //
+                                       4, -1, 5, -1, 6, -1, 7, -1, 12, -1, 13, -1, 14, -1, 15, -1));
+      low_bits = Opaque(_mm256_set1_epi8(0x0f));
+      counts = Opaque(BothLanes(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4)));
+      before = Opaque(_mm256_set1_epi32(0x01010100)); // times four bytes: the sum of those before each of them
+      own_bits = Opaque(BothLanes(_mm_setr_epi16(8, 8, 4, 4, 2, 2, 1, 1)));
+      ranks = Opaque(BothLanes(_mm_setr_epi8(-128, -128, -128, -128, -128, -128, -128, -128, 0, 1, 1, 2, 1, 2, 2, 3)));
+    }
+  };
+
+  Places(const Constants& constants, __m128i mask_bytes) : constants_(constants) {
+    const __m256i bytes = _mm256_shuffle_epi8(BothLanes(mask_bytes), constants.spread);
+    groups_ = _mm256_and_si256(_mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 4)), constants.low_bits);
+    starts_ = _mm256_mullo_epi32(_mm256_shuffle_epi8(constants.counts, groups_), constants.before);
+  }
+
+  // Of a half piece: 0 and 1 of the first piece, 2 and 3 of the second.
+  template <int half> __m256i Of() const {
+    const __m256i groups = _mm256_shuffle_epi32(groups_, half * 0x55), starts = _mm256_shuffle_epi32(starts_, half * 0x55);
+    const __m256i own = _mm256_mullo_epi16(groups, constants_.own_bits);
+    return _mm256_add_epi8(_mm256_shuffle_epi8(constants_.ranks, own), starts);
+  }
+
+private:
+  const Constants& constants_;
+  __m256i groups_; // the mask bits of a group in each byte
+  __m256i starts_; // the number of values of the groups before
+};
 
 // int4 values are first unpacked to int8, some hundred ahead, and then go the way of int8.
 class UnpackedInt4 {
@@ -171,20 +206,41 @@ struct Avx2 {
 
   using Bytes = __m256i;
   static constexpr int kBytes = 32;
+  static constexpr int kPieceVectors = 2;
 
-  // Sums of products of one vector of weights and Rows vectors of X. The first factor of vpmaddubsw has no sign, so
-  // the weight's sign goes to x; two products of at most 127 * 127 do not saturate its int16.
-  template <int Rows> struct Dots {
-    __m256i sums[Rows] = {};
-    void Add(Bytes w, const int8_t* x, int64_t stride) {
-      const __m256i size = _mm256_abs_epi8(w);
+  // Sums of products of vectors of weights and of Rows rows of X. The first factor of vpmaddubsw has no sign, so the sign
+  // of x goes to the weight; two products of at most 127 * 127 do not saturate its int16.
+  static __m256i SumPairs(Bytes w, const int8_t* x) {
+    return _mm256_maddubs_epi16(_mm256_abs_epi8(LoadBytes(x)), _mm256_sign_epi8(w, LoadBytes(x)));
+  }
+  template <ValueType type, int Rows> class Dots {
+  public:
+    Dots() : ones_(Opaque(_mm256_set1_epi16(1))) {
+      for (int i = 0; i < Rows; ++i) sums_[i] = _mm256_setzero_si256();
+    }
+    void Add(int j, Bytes w, const int8_t* x, int64_t stride) {
       for (int i = 0; i < Rows; ++i) {
-        const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(LoadBytes(x + i * stride), w));
-        sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        const __m256i pairs = SumPairs(w, x + i * stride);
+        if (type != ValueType::kInt4) AddPairs(i, pairs);
+        else if (j == 0) first_[i] = pairs;
+        else AddPairs(i, _mm256_add_epi16(first_[i], pairs)); // four products of at most 8 * 127
       }
     }
-    Floats Sums(int i) const { return _mm256_cvtepi32_ps(sums[i]); }
+    Floats Sums(int i) const { return _mm256_cvtepi32_ps(sums_[i]); }
+
+  private:
+    void AddPairs(int i, __m256i pairs) { sums_[i] = _mm256_add_epi32(sums_[i], _mm256_madd_epi16(pairs, ones_)); }
+
+    __m256i ones_, sums_[Rows], first_[Rows];
   };
+
+  // One piece of X as int8, in the order of Places.
+  static void ArrangePiece(int8_t* x) {
+    const __m256i first = LoadBytes(x), second = LoadBytes(x + kBytes);
+    const __m256i turn = BothLanes(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    StoreBytes(x, _mm256_shuffle_epi8(_mm256_permute2x128_si256(first, second, 0x20), turn));
+    StoreBytes(x + kBytes, _mm256_shuffle_epi8(_mm256_permute2x128_si256(first, second, 0x31), turn));
+  }
 
   static void StoreBytes(int8_t* p, Bytes w) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w); }
   static Floats FromBytes(const int8_t* p) { return Float8(Load8(p)); }
@@ -207,14 +263,14 @@ struct Avx2 {
     _mm_storeu_ps(y, _mm_fmadd_ps(_mm_cvtepi32_ps(sums), _mm_loadu_ps(scales), _mm_loadu_ps(y)));
   }
 
-  static __m256i SumPairs(Bytes w) { return _mm256_maddubs_epi16(_mm256_set1_epi8(1), w); }
+  static __m256i SumOfPairs(Bytes w) { return _mm256_maddubs_epi16(_mm256_set1_epi8(1), w); }
   static uint32_t LargePairs(__m256i sizes) { // two bits a pair
     return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpgt_epi16(sizes, _mm256_set1_epi16(129))));
   }
   class Tally {
   public:
     void Add(Bytes w) {
-      const __m256i pairs = SumPairs(w);
+      const __m256i pairs = SumOfPairs(w);
       sums_ = _mm256_add_epi32(sums_, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
       largest_ = _mm256_max_epi16(largest_, _mm256_abs_epi16(pairs));
     }
@@ -236,7 +292,7 @@ struct Avx2 {
   template <class Body> static void EachLargePair(const int8_t* weights, Body body) {
     uint64_t large = 0;
     for (int64_t k = 0; k < kPieceColumns; k += kBytes) {
-      large |= uint64_t{LargePairs(_mm256_abs_epi16(SumPairs(LoadBytes(weights + k))))} << k;
+      large |= uint64_t{LargePairs(_mm256_abs_epi16(SumOfPairs(LoadBytes(weights + k))))} << k;
     }
     for (large &= 0x5555555555555555u; large != 0; large &= large - 1) body(LowestBit(large));
   }
@@ -301,41 +357,58 @@ struct Avx2 {
 
     // Calls use(j, columns 8 j to 8 j + 7 of the piece) for its eight parts.
     template <class Use> void EachFloats(const uint8_t* bits, Use use) {
-      constexpr ValueType kStored = type == ValueType::kInt4 ? ValueType::kInt8 : type;
       FetchValues<Avx2, type>(values_.values());
-      const uint8_t* values = values_.Current();
-      for (int j = 0; j < 8; ++j) {
-        use(j, ExpandFloats<kStored>(values, bits[j]));
-        values += Count(bits[j]) * kElement;
-      }
-      values_.Skip(CountFirst<64>(MaskWord(bits)));
+      const uint64_t word = MaskWord(bits);
+      const uint8_t* first = values_.Current(); // two chains of addresses, which the processor follows side by side
+      const uint8_t* second = first + CountFirst<32>(word) * kElement;
+      for (int j = 0; j < 4; ++j) use(j, TakeFloats(bits[j], &first));
+      for (int j = 4; j < 8; ++j) use(j, TakeFloats(bits[j], &second));
+      values_.Skip(CountFirst<64>(word));
     }
 
-    // Calls use(j, columns 32 j to 32 j + 31 of the piece) for its two halves.
+    // Calls use(j, the columns of vector j) for the two vectors of the piece.
     template <class Use> void EachBytes(const uint8_t* bits, Use use) {
       FetchValues<Avx2, type>(values_.values());
-      const uint8_t* values = values_.Current();
-      const uint64_t word = MaskWord(bits);
-      const __m128i first = ExpandBytes(values, bits);
-      const __m128i second = ExpandBytes(values + CountFirst<16>(word), bits + 2);
-      use(0, _mm256_set_m128i(second, first));
-      const __m128i third = ExpandBytes(values + CountFirst<32>(word), bits + 4);
-      const __m128i fourth = ExpandBytes(values + CountFirst<48>(word), bits + 6);
-      use(1, _mm256_set_m128i(fourth, third));
-      values_.Skip(CountFirst<64>(word));
+      TakePiece<0>(Places(constants_, Load8(bits)), MaskWord(bits), use);
+    }
+
+    // Calls use(piece, j, the columns of vector j of the piece) for the vectors of two pieces beside each other.
+    template <class Use> void EachBytesOfTwo(const uint8_t* bits, Use use) {
+      FetchValues<Avx2, type>(values_.values());
+      const Places places(constants_, _mm_loadu_si128(reinterpret_cast<const __m128i*>(bits)));
+      TakePiece<0>(places, MaskWord(bits), [&](int j, __m256i w) { use(0, j, w); });
+      TakePiece<1>(places, MaskWord(bits + 8), [&](int j, __m256i w) { use(1, j, w); });
     }
 
     // Where the next piece begins.
     const uint8_t* values() const { return values_.values(); }
 
   private:
+    Floats TakeFloats(uint32_t bits, const uint8_t** values) const {
+      constexpr ValueType kStored = type == ValueType::kInt4 ? ValueType::kInt8 : type;
+      const Floats columns = ExpandFloats<kStored>(*values, bits, zero_);
+      *values += Count(bits) * kElement;
+      return columns;
+    }
+
+    template <int piece, class Use> void TakePiece(const Places& places, uint64_t word, Use use) {
+      const uint8_t* values = values_.Current();
+      const __m256i first = LoadLanes(values, values + CountFirst<32>(word));
+      use(0, _mm256_shuffle_epi8(first, places.Of<2 * piece>()));
+      const __m256i second = LoadLanes(values + CountFirst<16>(word), values + CountFirst<48>(word));
+      use(1, _mm256_shuffle_epi8(second, places.Of<2 * piece + 1>()));
+      values_.Skip(CountFirst<64>(word));
+    }
+
+    Places::Constants constants_;
+    Floats zero_ = _mm256_castsi256_ps(Opaque(_mm256_setzero_si256()));
     Values<type> values_;
   };
 };
 
 } // namespace
 
-extern const Kernels kAvx2Kernels = {"avx2", Multiply<Avx2>, Quantize<Avx2>, WantsTransposed<Avx2>};
+extern const Kernels kAvx2Kernels = {"avx2", Multiply<Avx2>, Quantize<Avx2>, Arrange<Avx2>, WantsTransposed<Avx2>};
 
 } // namespace blockpress
 

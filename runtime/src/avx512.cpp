@@ -57,6 +57,7 @@ struct Avx512 {
 
   using Bytes = __m512i;
   static constexpr int kBytes = 64;
+  static constexpr int kPieceVectors = 1;
 
   // vpdpbusd multiplies bytes without a sign by bytes with one: x goes in as x + 128, and 128 times the sum of the
   // weights comes off at the end.
@@ -67,18 +68,20 @@ struct Avx512 {
     return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(static_cast<char>(0x80)), w);
   }
 
-  template <int Rows> struct Dots {
+  template <ValueType, int Rows> struct Dots {
     Bytes sums[Rows];
     Bytes too_much;
     Dots() : too_much(_mm512_setzero_si512()) {
       for (auto& sum : sums) sum = _mm512_setzero_si512();
     }
-    void Add(Bytes w, const int8_t* x, int64_t stride) {
+    void Add(int, Bytes w, const int8_t* x, int64_t stride) {
       too_much = Add128(too_much, w);
       for (int i = 0; i < Rows; ++i) sums[i] = _mm512_dpbusd_epi32(sums[i], LoadPlus128(x + i * stride), w);
     }
     Floats Sums(int i) const { return _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[i], too_much)); }
   };
+
+  static void ArrangePiece(int8_t*) {} // as it is
 
   static void StoreBytes(int8_t* p, Bytes w) { _mm512_storeu_si512(p, w); }
   class Tally {
@@ -179,6 +182,12 @@ struct Avx512 {
       values_ += PieceBytes(word);
     }
 
+    // Calls use(piece, 0, its columns) for two pieces beside each other.
+    template <class Use> void EachBytesOfTwo(const uint8_t* bits, Use use) {
+      EachBytes(bits, [&](int j, Bytes w) { use(0, j, w); });
+      EachBytes(bits + 8, [&](int j, Bytes w) { use(1, j, w); });
+    }
+
     // Where the next piece begins.
     const uint8_t* values() const { return values_; }
 
@@ -210,7 +219,7 @@ struct Avx512 {
 
 } // namespace
 
-extern const Kernels kAvx512Kernels = {"avx512", Multiply<Avx512>, Quantize<Avx512>, WantsTransposed<Avx512>};
+extern const Kernels kAvx512Kernels = {"avx512", Multiply<Avx512>, Quantize<Avx512>, Arrange<Avx512>, WantsTransposed<Avx512>};
 
 } // namespace blockpress
 

@@ -19,13 +19,16 @@ struct Kernels {
   // then writes zeros). Writes `stride` elements, zeros from `columns` on.
   float (*quantize)(const float* x, int64_t columns, int64_t stride, int8_t* quantized);
 
+  // Puts `stride` rounded columns, whole pieces, in the order in which `multiply` takes them.
+  void (*arrange)(int8_t* quantized, int64_t stride);
+
   // Whether `multiply` needs `transposed` for these.
   bool (*wants_transposed)(const Weight& weight, const Activations& activations);
 };
 
 extern const Kernels kScalarKernels;
 #if defined(BLOCKPRESS_X86)
-extern const Kernels kAvx2Kernels;   // AVX2, FMA, F16C, BMI2
+extern const Kernels kAvx2Kernels;   // AVX2, FMA, F16C, BMI, BMI2
 extern const Kernels kAvx512Kernels; // AVX-512 F, BW, DQ, VL, VBMI2, VNNI
 #endif
 

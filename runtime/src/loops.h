@@ -3,10 +3,11 @@
 // An instruction set `Isa` gives (see avx2.cpp, avx512.cpp):
 //   Floats, kFloats        a vector of float32 and how many it holds; its arithmetic: Zero, Fill, Load, Store, Plus, Minus,
 //                          Times, Over, Fma(a, b, c) = a b + c, Sum, AddSums, LargerSize, StoreRounded (to int8)
-//   Bytes, kBytes          a vector of int8 and how many it holds
-//   Dots<Rows>             exact int32 sums of products of int8: one row of W with Rows rows of X
-//   Cursor<type>           walks the values of one row, one piece of 64 columns (eight bytes of its mask) at a time, with
-//                          memory of the type Scratch<type>
+//   Bytes, kBytes          a vector of int8 and how many it holds; kPieceVectors of them are a piece
+//   Dots<type, Rows>       exact int32 sums of products of int8: one row of W with Rows rows of X
+//   Cursor<type>           walks the values of one row, one or two pieces of 64 columns (eight bytes of its mask each) at
+//                          a time, with memory of the type Scratch<type>
+//   ArrangePiece(x)        puts a piece of a row of X as int8 in the order in which the cursor gives columns as int8
 //   StoreBytes, FromBytes  a vector of int8 to memory; kFloats int8 in memory as float32
 //   Tally                  the sum of vectors of int8
 //   kAdded                 what TileDots adds to X as int8, so that it has no sign
@@ -51,7 +52,8 @@ constexpr int64_t kTileWeights = 4; // rows of W that one step of the many-row p
 constexpr int64_t kValuesAhead = 2048;
 
 template <class Isa, ValueType type> inline void FetchValues(const uint8_t* values) {
-  for (int64_t line = 0; line < ElementBytes(type); line += line == 0 ? 1 : 2) // a piece has up to 64 values
+  Isa::Fetch(values + kValuesAhead);
+  for (int64_t line = 1; line < ElementBytes(type); line += 2) // a piece has up to 64 values
     Isa::Fetch(values + kValuesAhead + 64 * line);
 }
 
@@ -72,8 +74,8 @@ inline void EachGroup(const Weight& weight, const float* scales, int64_t first_p
 
 // One row of W times Rows rows of X as float32: y[i * stride_y] for each.
 template <class Isa, ValueType type, int Rows>
-inline const uint8_t* RowTimesFloats(const Weight& weight, int64_t row, const uint8_t* values, const float* x,
-                                     int64_t stride, float* y, int64_t stride_y) {
+BLOCKPRESS_NOINLINE const uint8_t* RowTimesFloats(const Weight& weight, int64_t row, const uint8_t* values,
+                                                  const float* x, int64_t stride, float* y, int64_t stride_y) {
   using Floats = typename Isa::Floats;
   constexpr int kSums = Rows == 1 ? 4 : Rows == 2 ? 2 : 1; // enough independent sums to hide the latency of Fma
   const MaskRow mask(weight, row);
@@ -87,14 +89,17 @@ inline const uint8_t* RowTimesFloats(const Weight& weight, int64_t row, const ui
               Floats sums[Rows][kSums];
               for (auto& of_row : sums)
                 for (auto& sum : of_row) sum = Isa::Zero();
-              for (int64_t piece = first; piece < last; ++piece) {
+              const auto add_piece = [&](int64_t piece, const uint8_t* bits) {
                 const float* columns = x + piece * kPieceColumns;
-                cursor.EachFloats(mask.piece(piece), [&](int j, Floats w) {
+                cursor.EachFloats(bits, [&](int j, Floats w) {
                   for (int i = 0; i < Rows; ++i)
                     sums[i][j % kSums] =
                         Isa::Fma(w, Isa::Load(columns + i * stride + j * Isa::kFloats), sums[i][j % kSums]);
                 });
-              }
+              };
+              const int64_t whole = std::min(last, mask.whole_pieces());
+              for (int64_t piece = first; piece < whole; ++piece) add_piece(piece, mask.whole_piece(piece));
+              if (whole < last) add_piece(whole, mask.piece(whole));
               for (int i = 0; i < Rows; ++i) {
                 Floats sum = sums[i][0];
                 for (int k = 1; k < kSums; ++k) sum = Isa::Plus(sum, sums[i][k]);
@@ -105,11 +110,31 @@ inline const uint8_t* RowTimesFloats(const Weight& weight, int64_t row, const ui
   return cursor.values();
 }
 
+// Calls use(piece, j, vector j of its columns as int8) for the pieces from first to last, and end(piece) after each.
+template <class Isa, class Cursor, class Use, class End>
+BLOCKPRESS_INLINE void EachPiece(const MaskRow& mask, int64_t first, int64_t last, Cursor* cursor, Use use, End end) {
+  using Bytes = typename Isa::Bytes;
+  const int64_t whole = std::min(last, mask.whole_pieces());
+  int64_t piece = first;
+  for (; piece + 2 <= whole; piece += 2) {
+    cursor->EachBytesOfTwo(mask.whole_piece(piece), [&](int k, int j, Bytes w) {
+      use(piece + k, j, w);
+      if (j == Isa::kPieceVectors - 1) end(piece + k);
+    });
+  }
+  for (; piece < last; ++piece) {
+    cursor->EachBytes(mask.piece(piece), [&](int j, Bytes w) { use(piece, j, w); });
+    end(piece);
+  }
+}
+
 // One row of W times Rows rows of X as int8.
 template <class Isa, ValueType type, int Rows>
-inline const uint8_t* RowTimesBytes(const Weight& weight, int64_t row, const uint8_t* values, const int8_t* x,
-                                    int64_t stride, const float* x_scales, float* y, int64_t stride_y) {
+BLOCKPRESS_NOINLINE const uint8_t* RowTimesBytes(const Weight& weight, int64_t row, const uint8_t* values,
+                                                 const int8_t* x, int64_t stride, const float* x_scales, float* y,
+                                                 int64_t stride_y) {
   using Floats = typename Isa::Floats;
+  using Dots = typename Isa::template Dots<type, Rows>;
   const MaskRow mask(weight, row);
   FetchNextMask<Isa>(weight, row);
   typename Isa::template Scratch<type> scratch;
@@ -117,25 +142,25 @@ inline const uint8_t* RowTimesBytes(const Weight& weight, int64_t row, const uin
   Floats total[Rows];
   for (int i = 0; i < Rows; ++i) total[i] = Isa::Zero();
   const float* scales = weight.row_scales(row);
-  const auto add_piece = [&](int64_t piece, auto& dots) {
-    const int8_t* columns = x + piece * kPieceColumns;
-    cursor.EachBytes(mask.piece(piece), [&](int j, typename Isa::Bytes w) {
-      dots.Add(w, columns + j * Isa::kBytes, stride);
-    });
+  const auto add = [&](Dots& dots, int64_t piece, int j, typename Isa::Bytes w) {
+    dots.Add(j, w, x + piece * kPieceColumns + j * Isa::kBytes, stride);
   };
-  const auto add_group = [&](const auto& dots, float scale) {
+  const auto add_group = [&](const Dots& dots, float scale) {
     for (int i = 0; i < Rows; ++i) total[i] = Isa::Fma(dots.Sums(i), Isa::Fill(scale), total[i]);
   };
   if (weight.group_size == kPieceColumns) { // as usual for int4, and worth a loop of its own
-    for (int64_t piece = 0; piece < weight.pieces(); ++piece) {
-      typename Isa::template Dots<Rows> dots;
-      add_piece(piece, dots);
-      add_group(dots, scales[piece]);
-    }
+    Dots dots;
+    EachPiece<Isa>(
+        mask, 0, weight.pieces(), &cursor, [&](int64_t piece, int j, auto w) { add(dots, piece, j, w); },
+        [&](int64_t piece) {
+          add_group(dots, scales[piece]);
+          dots = Dots();
+        });
   } else {
     EachGroup(weight, scales, 0, weight.pieces(), [&](float scale, int64_t first, int64_t last) {
-      typename Isa::template Dots<Rows> dots;
-      for (int64_t piece = first; piece < last; ++piece) add_piece(piece, dots);
+      Dots dots;
+      EachPiece<Isa>(
+          mask, first, last, &cursor, [&](int64_t piece, int j, auto w) { add(dots, piece, j, w); }, [](int64_t) {});
       add_group(dots, scale);
     });
   }
@@ -323,25 +348,28 @@ private:
   }
 
   static void ExpandInt4(const MaskRow& mask, int64_t first, int64_t last, Cursor* cursor, int8_t* out) {
-    for (int64_t piece = first; piece < last; ++piece, out += kPieceColumns)
-      cursor->EachBytes(mask.piece(piece), [&](int j, typename Isa::Bytes w) {
-        Isa::StoreBytes(out + j * Isa::kBytes, Isa::PlusEight(w));
-      });
+    EachPiece<Isa>(
+        mask, first, last, cursor,
+        [&](int64_t piece, int j, auto w) {
+          Isa::StoreBytes(out + (piece - first) * kPieceColumns + j * Isa::kBytes, Isa::PlusEight(w));
+        },
+        [](int64_t) {});
   }
 
   // Returns the sum of the weights, without those that are taken out.
-  int32_t ExpandInt8(const MaskRow& mask, int64_t first, int64_t last, float scale, Cursor* cursor, int8_t* weights) {
+  int32_t ExpandInt8(const MaskRow& mask, int64_t first, int64_t last, float scale, Cursor* cursor, int8_t* out) {
     typename Isa::Tally tally;
     uint64_t large = 0; // the pieces with pairs that are too large
-    int8_t* out = weights;
-    for (int64_t piece = first; piece < last; ++piece, out += kPieceColumns) {
-      cursor->EachBytes(mask.piece(piece), [&](int j, typename Isa::Bytes w) {
-        Isa::StoreBytes(out + j * Isa::kBytes, w);
-        tally.Add(w);
-      });
-      if constexpr (kDefers) large |= uint64_t{tally.TakeLarge()} << (piece - first);
-    }
-    return tally.Sum() - TakeLarge(scale, weights, first, large);
+    EachPiece<Isa>(
+        mask, first, last, cursor,
+        [&](int64_t piece, int j, auto w) {
+          Isa::StoreBytes(out + (piece - first) * kPieceColumns + j * Isa::kBytes, w);
+          tally.Add(w);
+        },
+        [&](int64_t piece) {
+          if constexpr (kDefers) large |= uint64_t{tally.TakeLarge()} << (piece - first);
+        });
+    return tally.Sum() - TakeLarge(scale, out, first, large);
   }
 
   // Takes one weight out of each pair that is too large, in those of the pieces from `first` on whose bits are set;
@@ -461,6 +489,11 @@ void Multiply(const Weight& weight, const Activations& x, int64_t first_strip, i
   case ValueType::kInt8: return MultiplyRows<Isa, ValueType::kInt8>(weight, x, first, last, y);
   case ValueType::kInt4: return MultiplyRows<Isa, ValueType::kInt4>(weight, x, first, last, y);
   }
+}
+
+// What Kernels::arrange is, for one instruction set.
+template <class Isa> void Arrange(int8_t* quantized, int64_t stride) {
+  for (int64_t k = 0; k < stride; k += kPieceColumns) Isa::ArrangePiece(quantized + k);
 }
 
 // What Kernels::wants_transposed is, for one instruction set.

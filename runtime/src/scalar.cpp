@@ -139,10 +139,12 @@ float Quantize(const float* x, int64_t columns, int64_t stride, int8_t* quantize
   return step;
 }
 
+void Arrange(int8_t*, int64_t) {} // as they are
+
 bool WantsTransposed(const Weight&, const Activations&) { return false; }
 
 } // namespace
 
-extern const Kernels kScalarKernels = {"scalar", &Multiply, &Quantize, &WantsTransposed};
+extern const Kernels kScalarKernels = {"scalar", &Multiply, &Quantize, &Arrange, &WantsTransposed};
 
 } // namespace blockpress

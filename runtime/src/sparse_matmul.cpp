@@ -169,8 +169,9 @@ void QuantizeTask(void* argument, size_t index) {
   const Run& run = *static_cast<Run*>(argument);
   const auto row = static_cast<int64_t>(index);
   const int64_t columns = run.weight->columns, stride = run.activations.stride;
-  run.steps[row] =
-      run.kernel->kernels->quantize(run.x + row * columns, columns, stride, run.quantized + row * stride);
+  const Kernels& kernels = *run.kernel->kernels;
+  run.steps[row] = kernels.quantize(run.x + row * columns, columns, stride, run.quantized + row * stride);
+  kernels.arrange(run.quantized + row * stride, stride);
 }
 
 void TransposeTask(void* argument, size_t index) {

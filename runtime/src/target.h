@@ -2,11 +2,14 @@
 // header, so that no function that other files share is compiled for a machine that may not be the one it runs on.
 #pragma once
 
-// A loop with many sums in registers gets them only where it is a function of its own.
+// A loop with many sums in registers gets them only where it is a function of its own; one that works on the registers of
+// its caller only where it is a part of that.
 #if defined(_MSC_VER)
 #define BLOCKPRESS_NOINLINE __declspec(noinline)
+#define BLOCKPRESS_INLINE __forceinline
 #else
 #define BLOCKPRESS_NOINLINE __attribute__((noinline))
+#define BLOCKPRESS_INLINE inline __attribute__((always_inline))
 #endif
 
 #define BLOCKPRESS_PRAGMA(text) _Pragma(#text)

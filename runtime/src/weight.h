@@ -64,6 +64,10 @@ public:
   }
   const uint8_t* piece(int64_t i) const { return i < whole_ ? bytes_ + i * 8 : last_; }
 
+  // The pieces of eight bytes, which lie beside each other.
+  int64_t whole_pieces() const { return whole_; }
+  const uint8_t* whole_piece(int64_t i) const { return bytes_ + i * 8; }
+
 private:
   const uint8_t* bytes_;
   int64_t whole_;
@@ -75,7 +79,7 @@ struct Activations {
   int64_t rows;
   int64_t stride;           // elements from one row to the next: the columns rounded up to whole pieces
   const float* x;           // null where x is used as int8
-  const int8_t* quantized;  // null where x is used as float32; values from -127 to 127
+  const int8_t* quantized;  // null where x is used as float32; values from -127 to 127, in Kernels::arrange's order
   const float* scales;      // (rows): the step of each row of `quantized`
   const int8_t* transposed; // (stride, transposed_width): `quantized` once more; null where the kernels do not want it
   int64_t transposed_width; // the rows rounded up to whole kTransposedRows, with zeros

@@ -251,6 +251,8 @@ struct Inputs {
       FillRow(random, !rounded, weight.columns, x.as<float>() + row * stride);
       if (rounded) same = Round(random, weight.columns, row, kernels) && same;
     }
+    if (rounded) in_order.assign(quantized.as<int8_t>(), quantized.as<int8_t>() + rows * stride);
+    for (int64_t row = 0; rounded && row < rows; ++row) kernels.arrange(quantized.as<int8_t>() + row * stride, stride);
     activations = {rows, stride, rounded ? nullptr : x.as<float>(), rounded ? quantized.as<int8_t>() : nullptr,
                    rounded ? steps.as<float>() : nullptr, nullptr, 0};
     if (!kernels.wants_transposed(weight, activations)) return;
@@ -273,8 +275,14 @@ struct Inputs {
            std::memcmp(out, expected.as<int8_t>(), static_cast<size_t>(stride)) == 0;
   }
 
+  double at(int64_t row, int64_t column) const {
+    const int64_t i = row * stride + column;
+    return activations.x != nullptr ? static_cast<double>(activations.x[i]) : in_order[static_cast<size_t>(i)];
+  }
+
   int64_t rows, stride;
   Block x, quantized, steps;
+  std::vector<int8_t> in_order; // `quantized` by columns, before the kernels arrange it
   std::unique_ptr<Block> transposed;
   Activations activations;
   bool same = true;
@@ -285,16 +293,15 @@ struct Exact {
   double sum, terms;
 };
 
-Exact ExactOutput(const Packed& packed, const Weight& weight, const Activations& activations, int64_t m, int64_t n) {
+Exact ExactOutput(const Packed& packed, const Weight& weight, const Inputs& inputs, int64_t m, int64_t n) {
   const double bias = static_cast<double>(weight.row_bias(n));
   Exact exact = {bias, std::fabs(bias)};
-  const double step = activations.scales == nullptr ? 1 : static_cast<double>(activations.scales[m]);
+  const float* steps = inputs.activations.scales;
+  const double step = steps == nullptr ? 1 : static_cast<double>(steps[m]);
   if (std::isnan(step)) return {NAN, NAN};
   for (int64_t k = 0; k < weight.columns; ++k) {
-    const int64_t at = m * activations.stride + k;
-    const double x = activations.x != nullptr ? static_cast<double>(activations.x[at]) : activations.quantized[at];
     const double scale = static_cast<double>(weight.row_scales(n)[k / weight.group_size]);
-    const double term = packed.dense[static_cast<size_t>(n * weight.columns + k)] * scale * x * step;
+    const double term = packed.dense[static_cast<size_t>(n * weight.columns + k)] * scale * inputs.at(m, k) * step;
     exact.sum += term;
     exact.terms += std::fabs(term);
   }
@@ -319,10 +326,10 @@ bool MultiplyInRanges(Random& random, const Kernels& kernels, const Weight& weig
 }
 
 // Compares all outputs with the exact ones; returns what is wrong, or nothing.
-std::string CompareOutputs(const Packed& packed, const Weight& weight, const Activations& activations, const float* y,
+std::string CompareOutputs(const Packed& packed, const Weight& weight, const Inputs& inputs, const float* y,
                            double* worst) {
-  for (int64_t i = 0; i < activations.rows * weight.rows; ++i) {
-    const Exact exact = ExactOutput(packed, weight, activations, i / weight.rows, i % weight.rows);
+  for (int64_t i = 0; i < inputs.rows * weight.rows; ++i) {
+    const Exact exact = ExactOutput(packed, weight, inputs, i / weight.rows, i % weight.rows);
     if (std::isnan(exact.sum)) {
       if (!std::isnan(y[i])) return "a row with a NaN or an infinity gives a number";
       continue;
@@ -353,7 +360,7 @@ std::string Compare(Random& random, const Kernels& kernels, const Packed& packed
   if (!MultiplyInRanges(random, kernels, weight, inputs.activations, y.as<float>())) {
     return "rows outside of the strips are written";
   }
-  return CompareOutputs(packed, weight, inputs.activations, y.as<float>(), worst);
+  return CompareOutputs(packed, weight, inputs, y.as<float>(), worst);
 }
 
 // A damaged matrix is refused, or harmless: the sanitizers see the rest. Returns whether it was refused.
