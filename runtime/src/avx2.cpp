@@ -112,16 +112,16 @@ private:
   __m256i starts_; // the number of values of the groups before
 };
 
-// int4 values are first unpacked to int8, some hundred ahead, and then go the way of int8.
+// int4 values are first unpacked to int8, many ahead, and then go the way of int8.
 class UnpackedInt4 {
-  static constexpr int64_t kAhead = 512;
+  static constexpr int64_t kAhead = 1024;
 
 public:
   struct Scratch {
     alignas(32) uint8_t values[kAhead + 2 * kPieceColumns];
   };
-  UnpackedInt4(const Weight& weight, const uint8_t* values, Scratch* scratch)
-      : next_(values), last_(weight.values_end()), scratch_(scratch->values), current_(scratch_), end_(scratch_) {}
+  UnpackedInt4(const uint8_t* values, const uint8_t* end, Scratch* scratch)
+      : next_(values), last_(end), scratch_(scratch->values), current_(scratch_), end_(scratch_) {}
 
   // The int8 values from the current piece on: at least all of that piece.
   const uint8_t* Current() {
@@ -133,18 +133,24 @@ public:
   const uint8_t* values() const { return next_ - (end_ - current_) / 2; }
 
 private:
+  static void Store(uint8_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  // The int4 value in the low half of each byte.
+  static __m256i FromHalfBytes(__m256i v) {
+    return _mm256_sub_epi8(_mm256_and_si256(v, _mm256_set1_epi8(0x0f)), _mm256_set1_epi8(8));
+  }
+
   void Unpack() {
     const int64_t left = end_ - current_; // less than a piece
-    for (int64_t i = 0; i < kPieceColumns; i += 32)
-      _mm256_store_si256(reinterpret_cast<__m256i*>(scratch_ + i), LoadBytes(current_ + i));
+    for (int64_t i = 0; i < kPieceColumns; i += 32) Store(scratch_ + i, LoadBytes(current_ + i));
     current_ = scratch_;
     end_ = scratch_ + left;
     const int64_t bytes = std::min(kAhead / 2, last_ - next_);
-    for (int64_t i = 0; i < bytes; i += 16) {
-      const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(next_ + i)));
-      const __m256i apart = _mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4));
-      const __m256i both = _mm256_and_si256(apart, _mm256_set1_epi8(0x0f));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(end_ + 2 * i), _mm256_sub_epi8(both, _mm256_set1_epi8(8)));
+    for (int64_t i = 0; i < bytes; i += 32) {
+      // Its four quarters as 0, 2, 1, 3: then each interleaving gives values beside each other.
+      const __m256i pairs = _mm256_permute4x64_epi64(LoadBytes(next_ + i), 0xd8);
+      const __m256i first = FromHalfBytes(pairs), second = FromHalfBytes(_mm256_srli_epi16(pairs, 4));
+      Store(end_ + 2 * i, _mm256_unpacklo_epi8(first, second));
+      Store(end_ + 2 * i + 32, _mm256_unpackhi_epi8(first, second));
     }
     next_ += bytes;
     end_ += 2 * bytes;
@@ -161,7 +167,7 @@ private:
 template <ValueType type> class StoredValues {
 public:
   struct Scratch {};
-  StoredValues(const Weight&, const uint8_t* values, Scratch*) : values_(values) {}
+  StoredValues(const uint8_t* values, const uint8_t*, Scratch*) : values_(values) {}
   const uint8_t* Current() const { return values_; }
   void Skip(int64_t count) { values_ += count * ElementBytes(type); }
   const uint8_t* values() const { return values_; }
@@ -208,19 +214,20 @@ struct Avx2 {
   static constexpr int kBytes = 32;
   static constexpr int kPieceVectors = 2;
 
-  // Sums of products of vectors of weights and of Rows rows of X. The first factor of vpmaddubsw has no sign, so the sign
-  // of x goes to the weight; two products of at most 127 * 127 do not saturate its int16.
-  static __m256i SumPairs(Bytes w, const int8_t* x) {
-    return _mm256_maddubs_epi16(_mm256_abs_epi8(LoadBytes(x)), _mm256_sign_epi8(w, LoadBytes(x)));
-  }
+  // Sums of products of vectors of weights and of Rows rows of X. The first factor of vpmaddubsw has no sign, so its sign
+  // goes to the second; two products of at most 127 * 127 do not saturate its int16.
   template <ValueType type, int Rows> class Dots {
   public:
     Dots() : ones_(Opaque(_mm256_set1_epi16(1))) {
       for (int i = 0; i < Rows; ++i) sums_[i] = _mm256_setzero_si256();
     }
     void Add(int j, Bytes w, const int8_t* x, int64_t stride) {
+      const __m256i size = _mm256_abs_epi8(w);
       for (int i = 0; i < Rows; ++i) {
-        const __m256i pairs = SumPairs(w, x + i * stride);
+        const __m256i inputs = LoadBytes(x + i * stride);
+        // The sign of x goes to the weight where that needs fewer registers, the weight's to x where it saves work.
+        const __m256i pairs = Rows <= 2 ? _mm256_maddubs_epi16(_mm256_abs_epi8(inputs), _mm256_sign_epi8(w, inputs))
+                                        : _mm256_maddubs_epi16(size, _mm256_sign_epi8(inputs, w));
         if (type != ValueType::kInt4) AddPairs(i, pairs);
         else if (j == 0) first_[i] = pairs;
         else AddPairs(i, _mm256_add_epi16(first_[i], pairs)); // four products of at most 8 * 127
@@ -340,11 +347,18 @@ struct Avx2 {
   using Values = std::conditional_t<type == ValueType::kInt4, UnpackedInt4, StoredValues<type>>;
   template <ValueType type> using Scratch = typename Values<type>::Scratch;
 
+  struct Constants {
+    Places::Constants places;
+    Floats zero = _mm256_castsi256_ps(Opaque(_mm256_setzero_si256()));
+    Constants() {}
+  };
+
   template <ValueType type> class Cursor {
     static constexpr int64_t kElement = ElementBytes(type);
 
   public:
-    Cursor(const Weight& weight, const uint8_t* values, Scratch<type>* scratch) : values_(weight, values, scratch) {}
+    Cursor(const Constants& constants, const uint8_t* values, const uint8_t* end, Scratch<type>* scratch)
+        : constants_(constants), values_(values, end, scratch) {}
 
     static int64_t RowBytes(const MaskRow& mask, int64_t pieces) {
       int64_t bytes = 0;
@@ -369,13 +383,13 @@ struct Avx2 {
     // Calls use(j, the columns of vector j) for the two vectors of the piece.
     template <class Use> void EachBytes(const uint8_t* bits, Use use) {
       FetchValues<Avx2, type>(values_.values());
-      TakePiece<0>(Places(constants_, Load8(bits)), MaskWord(bits), use);
+      TakePiece<0>(Places(constants_.places, Load8(bits)), MaskWord(bits), use);
     }
 
     // Calls use(piece, j, the columns of vector j of the piece) for the vectors of two pieces beside each other.
     template <class Use> void EachBytesOfTwo(const uint8_t* bits, Use use) {
       FetchValues<Avx2, type>(values_.values());
-      const Places places(constants_, _mm_loadu_si128(reinterpret_cast<const __m128i*>(bits)));
+      const Places places(constants_.places, _mm_loadu_si128(reinterpret_cast<const __m128i*>(bits)));
       TakePiece<0>(places, MaskWord(bits), [&](int j, __m256i w) { use(0, j, w); });
       TakePiece<1>(places, MaskWord(bits + 8), [&](int j, __m256i w) { use(1, j, w); });
     }
@@ -386,7 +400,7 @@ struct Avx2 {
   private:
     Floats TakeFloats(uint32_t bits, const uint8_t** values) const {
       constexpr ValueType kStored = type == ValueType::kInt4 ? ValueType::kInt8 : type;
-      const Floats columns = ExpandFloats<kStored>(*values, bits, zero_);
+      const Floats columns = ExpandFloats<kStored>(*values, bits, constants_.zero);
       *values += Count(bits) * kElement;
       return columns;
     }
@@ -400,8 +414,7 @@ struct Avx2 {
       values_.Skip(CountFirst<64>(word));
     }
 
-    Places::Constants constants_;
-    Floats zero_ = _mm256_castsi256_ps(Opaque(_mm256_setzero_si256()));
+    const Constants& constants_;
     Values<type> values_;
   };
 };

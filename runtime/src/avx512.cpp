@@ -131,13 +131,16 @@ struct Avx512 {
     Bytes x_, eights_;
   };
 
+  struct Constants {
+    Constants() {}
+  };
   template <ValueType type> struct Scratch {};
 
   template <ValueType type> class Cursor {
     static constexpr int64_t kElement = ElementBytes(type);
 
   public:
-    Cursor(const Weight&, const uint8_t* values, Scratch<type>*) : values_(values) {}
+    Cursor(const Constants&, const uint8_t* values, const uint8_t*, Scratch<type>*) : values_(values) {}
 
     static int64_t RowBytes(const MaskRow& mask, int64_t pieces) {
       int64_t bytes = 0;

@@ -5,8 +5,8 @@
 //                          Times, Over, Fma(a, b, c) = a b + c, Sum, AddSums, LargerSize, StoreRounded (to int8)
 //   Bytes, kBytes          a vector of int8 and how many it holds; kPieceVectors of them are a piece
 //   Dots<type, Rows>       exact int32 sums of products of int8: one row of W with Rows rows of X
-//   Cursor<type>           walks the values of one row, one or two pieces of 64 columns (eight bytes of its mask each) at
-//                          a time, with memory of the type Scratch<type>
+//   Cursor<type>           walks the values of some rows, one or two pieces of 64 columns (eight bytes of its mask each) at
+//                          a time, with memory of the type Scratch<type> and one object of the type Constants for all
 //   ArrangePiece(x)        puts a piece of a row of X as int8 in the order in which the cursor gives columns as int8
 //   StoreBytes, FromBytes  a vector of int8 to memory; kFloats int8 in memory as float32
 //   Tally                  the sum of vectors of int8
@@ -72,16 +72,15 @@ inline void EachGroup(const Weight& weight, const float* scales, int64_t first_p
     body(scales[group++], piece, std::min(end, last_piece));
 }
 
-// One row of W times Rows rows of X as float32: y[i * stride_y] for each.
-template <class Isa, ValueType type, int Rows>
-BLOCKPRESS_NOINLINE const uint8_t* RowTimesFloats(const Weight& weight, int64_t row, const uint8_t* values,
-                                                  const float* x, int64_t stride, float* y, int64_t stride_y) {
+// One row of W, whose values the cursor walks, times the rows of X as float32: their outputs from y on.
+template <class Isa, int Rows, class Cursor>
+BLOCKPRESS_INLINE void RowTimesFloats(const Weight& weight, int64_t row, Cursor* cursor, const Activations& x, float* y) {
   using Floats = typename Isa::Floats;
   constexpr int kSums = Rows == 1 ? 4 : Rows == 2 ? 2 : 1; // enough independent sums to hide the latency of Fma
+  const float* const inputs = x.x;
+  const int64_t stride = x.stride;
   const MaskRow mask(weight, row);
   FetchNextMask<Isa>(weight, row);
-  typename Isa::template Scratch<type> scratch;
-  typename Isa::template Cursor<type> cursor(weight, values, &scratch);
   Floats total[Rows];
   for (int i = 0; i < Rows; ++i) total[i] = Isa::Zero();
   EachGroup(weight, weight.row_scales(row), 0, weight.pieces(),
@@ -90,8 +89,8 @@ BLOCKPRESS_NOINLINE const uint8_t* RowTimesFloats(const Weight& weight, int64_t 
               for (auto& of_row : sums)
                 for (auto& sum : of_row) sum = Isa::Zero();
               const auto add_piece = [&](int64_t piece, const uint8_t* bits) {
-                const float* columns = x + piece * kPieceColumns;
-                cursor.EachFloats(bits, [&](int j, Floats w) {
+                const float* columns = inputs + piece * kPieceColumns;
+                cursor->EachFloats(bits, [&](int j, Floats w) {
                   for (int i = 0; i < Rows; ++i)
                     sums[i][j % kSums] =
                         Isa::Fma(w, Isa::Load(columns + i * stride + j * Isa::kFloats), sums[i][j % kSums]);
@@ -106,8 +105,7 @@ BLOCKPRESS_NOINLINE const uint8_t* RowTimesFloats(const Weight& weight, int64_t 
                 total[i] = Isa::Fma(sum, Isa::Fill(scale), total[i]);
               }
             });
-  for (int i = 0; i < Rows; ++i) y[i * stride_y] = Isa::Sum(total[i]) + weight.row_bias(row);
-  return cursor.values();
+  for (int i = 0; i < Rows; ++i) y[i * weight.rows] = Isa::Sum(total[i]) + weight.row_bias(row);
 }
 
 // Calls use(piece, j, vector j of its columns as int8) for the pieces from first to last, and end(piece) after each.
@@ -128,67 +126,59 @@ BLOCKPRESS_INLINE void EachPiece(const MaskRow& mask, int64_t first, int64_t las
   }
 }
 
-// One row of W times Rows rows of X as int8.
-template <class Isa, ValueType type, int Rows>
-BLOCKPRESS_NOINLINE const uint8_t* RowTimesBytes(const Weight& weight, int64_t row, const uint8_t* values,
-                                                 const int8_t* x, int64_t stride, const float* x_scales, float* y,
-                                                 int64_t stride_y) {
+// The same with the rows of X as int8.
+template <class Isa, ValueType type, int Rows, class Cursor>
+BLOCKPRESS_INLINE void RowTimesBytes(const Weight& weight, int64_t row, Cursor* cursor, const Activations& x, float* y) {
   using Floats = typename Isa::Floats;
   using Dots = typename Isa::template Dots<type, Rows>;
+  const int8_t* const inputs = x.quantized;
+  const int64_t stride = x.stride;
   const MaskRow mask(weight, row);
   FetchNextMask<Isa>(weight, row);
-  typename Isa::template Scratch<type> scratch;
-  typename Isa::template Cursor<type> cursor(weight, values, &scratch);
   Floats total[Rows];
   for (int i = 0; i < Rows; ++i) total[i] = Isa::Zero();
   const float* scales = weight.row_scales(row);
-  const auto add = [&](Dots& dots, int64_t piece, int j, typename Isa::Bytes w) {
-    dots.Add(j, w, x + piece * kPieceColumns + j * Isa::kBytes, stride);
+  Dots dots;
+  const auto add = [&](int64_t piece, int j, typename Isa::Bytes w) {
+    dots.Add(j, w, inputs + piece * kPieceColumns + j * Isa::kBytes, stride);
   };
-  const auto add_group = [&](const Dots& dots, float scale) {
+  const auto end_group = [&](float scale) {
     for (int i = 0; i < Rows; ++i) total[i] = Isa::Fma(dots.Sums(i), Isa::Fill(scale), total[i]);
+    dots = Dots();
   };
   if (weight.group_size == kPieceColumns) { // as usual for int4, and worth a loop of its own
-    Dots dots;
-    EachPiece<Isa>(
-        mask, 0, weight.pieces(), &cursor, [&](int64_t piece, int j, auto w) { add(dots, piece, j, w); },
-        [&](int64_t piece) {
-          add_group(dots, scales[piece]);
-          dots = Dots();
-        });
+    EachPiece<Isa>(mask, 0, weight.pieces(), cursor, add, [&](int64_t piece) { end_group(scales[piece]); });
   } else {
     EachGroup(weight, scales, 0, weight.pieces(), [&](float scale, int64_t first, int64_t last) {
-      Dots dots;
-      EachPiece<Isa>(
-          mask, first, last, &cursor, [&](int64_t piece, int j, auto w) { add(dots, piece, j, w); }, [](int64_t) {});
-      add_group(dots, scale);
+      EachPiece<Isa>(mask, first, last, cursor, add, [](int64_t) {});
+      end_group(scale);
     });
   }
-  for (int i = 0; i < Rows; ++i) y[i * stride_y] = Isa::Sum(total[i]) * x_scales[i] + weight.row_bias(row);
-  return cursor.values();
+  for (int i = 0; i < Rows; ++i) y[i * weight.rows] = Isa::Sum(total[i]) * x.scales[i] + weight.row_bias(row);
 }
 
-template <class Isa, ValueType type, int Rows>
-inline const uint8_t* RowTimesFew(const Weight& weight, const Activations& x, int64_t row, const uint8_t* values,
-                                  float* y) {
-  if constexpr (type == ValueType::kInt8 || type == ValueType::kInt4) {
-    if (x.quantized != nullptr)
-      return RowTimesBytes<Isa, type, Rows>(weight, row, values, x.quantized, x.stride, x.scales, y + row,
-                                            weight.rows);
-  }
-  return RowTimesFloats<Isa, type, Rows>(weight, row, values, x.x, x.stride, y + row, weight.rows);
-}
-
-template <class Isa, ValueType type>
-void MultiplyFew(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row, float* y) {
-  const uint8_t* values = weight.strip_values(first_row / kStripRows);
+// The product with few rows of X.
+template <class Isa, ValueType type, bool quantized, int Rows>
+BLOCKPRESS_NOINLINE void MultiplyFew(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row,
+                                     float* y) {
+  const typename Isa::Constants constants;
+  typename Isa::template Scratch<type> scratch;
+  const uint8_t* const values = weight.strip_values(first_row / kStripRows);
+  const uint8_t* const end = weight.strip_values((last_row + kStripRows - 1) / kStripRows);
+  typename Isa::template Cursor<type> cursor(constants, values, end, &scratch);
   for (int64_t row = first_row; row < last_row; ++row) {
-    switch (x.rows) {
-    case 1: values = RowTimesFew<Isa, type, 1>(weight, x, row, values, y); break;
-    case 2: values = RowTimesFew<Isa, type, 2>(weight, x, row, values, y); break;
-    case 3: values = RowTimesFew<Isa, type, 3>(weight, x, row, values, y); break;
-    default: values = RowTimesFew<Isa, type, 4>(weight, x, row, values, y); break;
-    }
+    if constexpr (quantized) RowTimesBytes<Isa, type, Rows>(weight, row, &cursor, x, y + row);
+    else RowTimesFloats<Isa, Rows>(weight, row, &cursor, x, y + row);
+  }
+}
+
+template <class Isa, ValueType type, bool quantized>
+void MultiplyFew(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row, float* y) {
+  switch (x.rows) {
+  case 1: return MultiplyFew<Isa, type, quantized, 1>(weight, x, first_row, last_row, y);
+  case 2: return MultiplyFew<Isa, type, quantized, 2>(weight, x, first_row, last_row, y);
+  case 3: return MultiplyFew<Isa, type, quantized, 3>(weight, x, first_row, last_row, y);
+  default: return MultiplyFew<Isa, type, quantized, 4>(weight, x, first_row, last_row, y);
   }
 }
 
@@ -275,6 +265,7 @@ public:
     for (int64_t r = 0; r < rows; ++r) {
       starts_[r] = values;
       values += Cursor::RowBytes(MaskRow(weight, first_row + r), weight.pieces());
+      ends_[r] = values;
     }
     for (int64_t r = rows; r < kStripRows; ++r) { // rows of W beyond the last
       std::fill_n(tile_ + r * kTileStride<Element>, kColumns, Element{0});
@@ -319,7 +310,7 @@ private:
   // Puts the weights of these pieces of row r into the tile.
   void Expand(int64_t r, int64_t first_piece, int64_t last_piece) {
     const MaskRow mask(weight_, first_row_ + r);
-    Cursor cursor(weight_, starts_[r], &scratch_);
+    Cursor cursor(constants_, starts_[r], ends_[r], &scratch_);
     Element* const row = tile_ + r * kTileStride<Element>;
     int64_t group = 0;
     EachGroup(weight_, weight_.row_scales(first_row_ + r), first_piece, last_piece,
@@ -442,8 +433,10 @@ private:
   Element* const tile_ = TileMemory();
   float* const deferred_ = DeferredMemory();
   const uint8_t* starts_[kStripRows]; // where each row's values go on
+  const uint8_t* ends_[kStripRows];
   OfRows<float> scales_[kTilePieces]; // of the groups of int8, or the pieces of int4
   OfRows<int32_t> added_[kTilePieces]; // what kAdded adds to the sums of the groups of int8
+  const typename Isa::Constants constants_;
   typename Isa::template Scratch<type> scratch_;
   struct {
     float weight; // times its scale
@@ -452,28 +445,26 @@ private:
   int64_t taken_count_ = 0;
 };
 
-template <class Isa, ValueType type>
+template <class Isa, ValueType type, bool quantized>
 void MultiplyMany(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row, float* y) {
-  for (int64_t row = first_row; row < last_row; row += kStripRows) {
-    const int64_t rows = std::min(kStripRows, last_row - row);
-    if constexpr (type == ValueType::kInt8 || type == ValueType::kInt4) {
-      if (x.quantized != nullptr) {
-        Strip<Isa, type, true>(weight, row, rows, x, y).Multiply();
-        continue;
-      }
-    }
-    Strip<Isa, type, false>(weight, row, rows, x, y).Multiply();
+  for (int64_t row = first_row; row < last_row; row += kStripRows)
+    Strip<Isa, type, quantized>(weight, row, std::min(kStripRows, last_row - row), x, y).Multiply();
+}
+
+template <class Isa, ValueType type, bool quantized = false>
+inline void MultiplyRows(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row, float* y) {
+  if (x.rows <= kFewRows) return MultiplyFew<Isa, type, quantized>(weight, x, first_row, last_row, y);
+  for (int64_t m = 0; m < x.rows; m += kMostInputs) {
+    const Activations part = x.part(m, std::min(kMostInputs, x.rows - m));
+    MultiplyMany<Isa, type, quantized>(weight, part, first_row, last_row, y + m * weight.rows);
   }
 }
 
+// W of integers.
 template <class Isa, ValueType type>
-inline void MultiplyRows(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row, float* y) {
-  if (x.rows <= kFewRows) MultiplyFew<Isa, type>(weight, x, first_row, last_row, y);
-  else
-    for (int64_t m = 0; m < x.rows; m += kMostInputs) {
-      const Activations part = x.part(m, std::min(kMostInputs, x.rows - m));
-      MultiplyMany<Isa, type>(weight, part, first_row, last_row, y + m * weight.rows);
-    }
+inline void MultiplyIntegers(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row, float* y) {
+  if (x.quantized != nullptr) return MultiplyRows<Isa, type, true>(weight, x, first_row, last_row, y);
+  MultiplyRows<Isa, type, false>(weight, x, first_row, last_row, y);
 }
 
 // What Kernels::multiply is, for one instruction set.
@@ -486,8 +477,8 @@ void Multiply(const Weight& weight, const Activations& x, int64_t first_strip, i
   case ValueType::kFloat32: return MultiplyRows<Isa, ValueType::kFloat32>(weight, x, first, last, y);
   case ValueType::kFloat16: return MultiplyRows<Isa, ValueType::kFloat16>(weight, x, first, last, y);
   case ValueType::kBfloat16: return MultiplyRows<Isa, ValueType::kBfloat16>(weight, x, first, last, y);
-  case ValueType::kInt8: return MultiplyRows<Isa, ValueType::kInt8>(weight, x, first, last, y);
-  case ValueType::kInt4: return MultiplyRows<Isa, ValueType::kInt4>(weight, x, first, last, y);
+  case ValueType::kInt8: return MultiplyIntegers<Isa, ValueType::kInt8>(weight, x, first, last, y);
+  case ValueType::kInt4: return MultiplyIntegers<Isa, ValueType::kInt4>(weight, x, first, last, y);
   }
 }
 

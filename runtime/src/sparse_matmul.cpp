@@ -12,12 +12,12 @@ namespace blockpress {
 namespace {
 
 constexpr size_t kInputs = 1 + kWeightInputs;
-constexpr int64_t kMaxTasks = 64;
+constexpr int64_t kMaxTasks = 128;
 // A run of fewer products, some 30 microseconds of a vector kernel, is not worth waking another thread.
 constexpr int64_t kSharedProducts = 1 << 19;
-// Products of one task, some 2 microseconds: as a sleeping thread takes long to wake, tasks are small, so that the one
+// Products of one task, some microsecond: as a sleeping thread takes long to wake, tasks are small, so that the one
 // that is awake can go on with what the other has not begun.
-constexpr int64_t kTaskProducts = 1 << 15;
+constexpr int64_t kTaskProducts = 1 << 14;
 constexpr int64_t kTransposedColumns = 512; // columns of x that one task transposes
 
 struct Kernel {

@@ -51,7 +51,6 @@ struct Weight {
     return word;
   }
   const uint8_t* strip_values(int64_t strip) const { return values + offsets[strip] * ElementBytes(type); }
-  const uint8_t* values_end() const { return strip_values((rows + kStripRows - 1) / kStripRows); } // then the zeros
 };
 
 // The mask of one row in pieces of eight bytes, the last one filled up with zeros.
