@@ -23,6 +23,8 @@ alignas(64) constexpr auto kHalves = ExpandIndices<2>();
 
 inline __m128i Load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
 
+inline void Fetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
 inline __m256i LoadBytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 // Sixteen bytes of each in the two lanes.
@@ -118,16 +120,17 @@ class UnpackedInt4 {
 
 public:
   struct Scratch {
-    alignas(32) uint8_t values[kAhead + 2 * kPieceColumns];
+    alignas(32) uint8_t values[kAhead + 4 * kPieceColumns];
   };
   UnpackedInt4(const uint8_t* values, const uint8_t* end, Scratch* scratch)
       : next_(values), last_(end), scratch_(scratch->values), current_(scratch_), end_(scratch_) {}
 
-  // The int8 values from the current piece on: at least all of that piece.
-  const uint8_t* Current() {
-    if (end_ - current_ < kPieceColumns) Unpack();
-    return current_;
+  // Makes sure of the values of two pieces.
+  void Prepare() {
+    if (end_ - current_ < 2 * kPieceColumns) Unpack();
   }
+  // The int8 values from the current piece on.
+  const uint8_t* Current() const { return current_; }
   // Moves on from a piece of `count` values.
   void Skip(int64_t count) { current_ += (count + 1) / 2 * 2; }
   const uint8_t* values() const { return next_ - (end_ - current_) / 2; }
@@ -140,12 +143,13 @@ private:
   }
 
   void Unpack() {
-    const int64_t left = end_ - current_; // less than a piece
-    for (int64_t i = 0; i < kPieceColumns; i += 32) Store(scratch_ + i, LoadBytes(current_ + i));
+    const int64_t left = end_ - current_; // less than two pieces
+    for (int64_t i = 0; i < 2 * kPieceColumns; i += 32) Store(scratch_ + i, LoadBytes(current_ + i));
     current_ = scratch_;
     end_ = scratch_ + left;
     const int64_t bytes = std::min(kAhead / 2, last_ - next_);
     for (int64_t i = 0; i < bytes; i += 32) {
+      Fetch(next_ + kValuesAhead + i);
       // Its four quarters as 0, 2, 1, 3: then each interleaving gives values beside each other.
       const __m256i pairs = _mm256_permute4x64_epi64(LoadBytes(next_ + i), 0xd8);
       const __m256i first = FromHalfBytes(pairs), second = FromHalfBytes(_mm256_srli_epi16(pairs, 4));
@@ -163,11 +167,14 @@ private:
   uint8_t* end_;
 };
 
+struct Avx2;
+
 // Other values lie in the tensor as they are.
 template <ValueType type> class StoredValues {
 public:
   struct Scratch {};
   StoredValues(const uint8_t* values, const uint8_t*, Scratch*) : values_(values) {}
+  void Prepare() const { FetchValues<Avx2, type>(values_); }
   const uint8_t* Current() const { return values_; }
   void Skip(int64_t count) { values_ += count * ElementBytes(type); }
   const uint8_t* values() const { return values_; }
@@ -197,7 +204,7 @@ struct Avx2 {
     const __m128i limited = _mm_max_epi16(words, _mm_set1_epi16(-127));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(limited, limited));
   }
-  static void Fetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+  static void Fetch(const uint8_t* p) { blockpress::Fetch(p); }
   static float Sum(Floats v) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
@@ -371,7 +378,7 @@ struct Avx2 {
 
     // Calls use(j, columns 8 j to 8 j + 7 of the piece) for its eight parts.
     template <class Use> void EachFloats(const uint8_t* bits, Use use) {
-      FetchValues<Avx2, type>(values_.values());
+      values_.Prepare();
       const uint64_t word = MaskWord(bits);
       const uint8_t* first = values_.Current(); // two chains of addresses, which the processor follows side by side
       const uint8_t* second = first + CountFirst<32>(word) * kElement;
@@ -382,13 +389,13 @@ struct Avx2 {
 
     // Calls use(j, the columns of vector j) for the two vectors of the piece.
     template <class Use> void EachBytes(const uint8_t* bits, Use use) {
-      FetchValues<Avx2, type>(values_.values());
+      values_.Prepare();
       TakePiece<0>(Places(constants_.places, Load8(bits)), MaskWord(bits), use);
     }
 
     // Calls use(piece, j, the columns of vector j of the piece) for the vectors of two pieces beside each other.
     template <class Use> void EachBytesOfTwo(const uint8_t* bits, Use use) {
-      FetchValues<Avx2, type>(values_.values());
+      values_.Prepare();
       const Places places(constants_.places, _mm_loadu_si128(reinterpret_cast<const __m128i*>(bits)));
       TakePiece<0>(places, MaskWord(bits), [&](int j, __m256i w) { use(0, j, w); });
       TakePiece<1>(places, MaskWord(bits + 8), [&](int j, __m256i w) { use(1, j, w); });
