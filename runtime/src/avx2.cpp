@@ -78,7 +78,7 @@ template <int columns> inline int64_t CountFirst(uint64_t word) {
 // and byte 4 q + c is column q of group c. The four mask bits of the group, times 8 >> q, have the column's own bit at 8
 // and those of the columns before it below, and a table of the sixteen possible such numbers gives how many values of
 // the group come first, or 0x80 (the index for which pshufb gives zero) where the own bit is not set. How many values
-// the groups before have comes to that. Activations::quantized has its columns in the same order (Avx2::Arrange).
+// the groups before have comes to that. Activations::quantized has its columns in the same order (Avx2::ArrangePiece).
 class Places {
 public:
   struct Constants {
@@ -103,9 +103,9 @@ public:
 
   // Of a half piece: 0 and 1 of the first piece, 2 and 3 of the second.
   template <int half> __m256i Of() const {
-    const __m256i groups = _mm256_shuffle_epi32(groups_, half * 0x55), starts = _mm256_shuffle_epi32(starts_, half * 0x55);
-    const __m256i own = _mm256_mullo_epi16(groups, constants_.own_bits);
-    return _mm256_add_epi8(_mm256_shuffle_epi8(constants_.ranks, own), starts);
+    constexpr int kFourTimes = half * 0x55;
+    const __m256i own = _mm256_mullo_epi16(_mm256_shuffle_epi32(groups_, kFourTimes), constants_.own_bits);
+    return _mm256_add_epi8(_mm256_shuffle_epi8(constants_.ranks, own), _mm256_shuffle_epi32(starts_, kFourTimes));
   }
 
 private:
@@ -225,8 +225,9 @@ struct Avx2 {
   // goes to the second; two products of at most 127 * 127 do not saturate its int16.
   template <ValueType type, int Rows> class Dots {
   public:
-    Dots() : ones_(Opaque(_mm256_set1_epi16(1))) {
-      for (int i = 0; i < Rows; ++i) sums_[i] = _mm256_setzero_si256();
+    Dots() : ones_(Opaque(_mm256_set1_epi16(1))) { Clear(); }
+    void Clear() {
+      for (auto& sum : sums_) sum = _mm256_setzero_si256();
     }
     void Add(int j, Bytes w, const int8_t* x, int64_t stride) {
       const __m256i size = _mm256_abs_epi8(w);

@@ -71,7 +71,9 @@ struct Avx512 {
   template <ValueType, int Rows> struct Dots {
     Bytes sums[Rows];
     Bytes too_much;
-    Dots() : too_much(_mm512_setzero_si512()) {
+    Dots() { Clear(); }
+    void Clear() {
+      too_much = _mm512_setzero_si512();
       for (auto& sum : sums) sum = _mm512_setzero_si512();
     }
     void Add(int, Bytes w, const int8_t* x, int64_t stride) {
@@ -222,7 +224,8 @@ struct Avx512 {
 
 } // namespace
 
-extern const Kernels kAvx512Kernels = {"avx512", Multiply<Avx512>, Quantize<Avx512>, Arrange<Avx512>, WantsTransposed<Avx512>};
+extern const Kernels kAvx512Kernels = {"avx512", Multiply<Avx512>, Quantize<Avx512>, Arrange<Avx512>,
+                                       WantsTransposed<Avx512>};
 
 } // namespace blockpress
 

@@ -74,7 +74,8 @@ inline void EachGroup(const Weight& weight, const float* scales, int64_t first_p
 
 // One row of W, whose values the cursor walks, times the rows of X as float32: their outputs from y on.
 template <class Isa, int Rows, class Cursor>
-BLOCKPRESS_INLINE void RowTimesFloats(const Weight& weight, int64_t row, Cursor* cursor, const Activations& x, float* y) {
+BLOCKPRESS_INLINE void RowTimesFloats(const Weight& weight, int64_t row, Cursor* cursor, const Activations& x,
+                                      float* y) {
   using Floats = typename Isa::Floats;
   constexpr int kSums = Rows == 1 ? 4 : Rows == 2 ? 2 : 1; // enough independent sums to hide the latency of Fma
   const float* const inputs = x.x;
@@ -126,9 +127,10 @@ BLOCKPRESS_INLINE void EachPiece(const MaskRow& mask, int64_t first, int64_t las
   }
 }
 
-// The same with the rows of X as int8.
+// One row of W, whose values the cursor walks, times the rows of X as int8: their outputs from y on.
 template <class Isa, ValueType type, int Rows, class Cursor>
-BLOCKPRESS_INLINE void RowTimesBytes(const Weight& weight, int64_t row, Cursor* cursor, const Activations& x, float* y) {
+BLOCKPRESS_INLINE void RowTimesBytes(const Weight& weight, int64_t row, Cursor* cursor, const Activations& x,
+                                     float* y) {
   using Floats = typename Isa::Floats;
   using Dots = typename Isa::template Dots<type, Rows>;
   const int8_t* const inputs = x.quantized;
@@ -144,7 +146,7 @@ BLOCKPRESS_INLINE void RowTimesBytes(const Weight& weight, int64_t row, Cursor* 
   };
   const auto end_group = [&](float scale) {
     for (int i = 0; i < Rows; ++i) total[i] = Isa::Fma(dots.Sums(i), Isa::Fill(scale), total[i]);
-    dots = Dots();
+    dots.Clear();
   };
   if (weight.group_size == kPieceColumns) { // as usual for int4, and worth a loop of its own
     EachPiece<Isa>(mask, 0, weight.pieces(), cursor, add, [&](int64_t piece) { end_group(scales[piece]); });
@@ -440,7 +442,7 @@ private:
   typename Isa::template Scratch<type> scratch_;
   struct {
     float weight; // times its scale
-    int32_t column;
+    int32_t column; // in the order of x's
   } taken_[kDefers ? kTileColumns<int8_t> / 2 : 1]; // out of the row that is expanded
   int64_t taken_count_ = 0;
 };
@@ -462,7 +464,8 @@ inline void MultiplyRows(const Weight& weight, const Activations& x, int64_t fir
 
 // W of integers.
 template <class Isa, ValueType type>
-inline void MultiplyIntegers(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row, float* y) {
+inline void MultiplyIntegers(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row,
+                             float* y) {
   if (x.quantized != nullptr) return MultiplyRows<Isa, type, true>(weight, x, first_row, last_row, y);
   MultiplyRows<Isa, type, false>(weight, x, first_row, last_row, y);
 }
