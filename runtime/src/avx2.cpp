@@ -123,9 +123,9 @@ public:
     alignas(32) uint8_t values[kAhead + 4 * kPieceColumns];
   };
   UnpackedInt4(const uint8_t* values, const uint8_t* end, Scratch* scratch)
-      : next_(values), last_(end), scratch_(scratch->values), current_(scratch_), end_(scratch_) {}
+      : next_(values), packed_end_(end), scratch_(scratch->values), current_(scratch_), end_(scratch_) {}
 
-  // Makes sure of the values of two pieces.
+  // Unpacks on, where the values of the next two pieces are not there yet.
   void Prepare() {
     if (end_ - current_ < 2 * kPieceColumns) Unpack();
   }
@@ -147,7 +147,7 @@ private:
     for (int64_t i = 0; i < 2 * kPieceColumns; i += 32) Store(scratch_ + i, LoadBytes(current_ + i));
     current_ = scratch_;
     end_ = scratch_ + left;
-    const int64_t bytes = std::min(kAhead / 2, last_ - next_);
+    const int64_t bytes = std::min(kAhead / 2, packed_end_ - next_);
     for (int64_t i = 0; i < bytes; i += 32) {
       Fetch(next_ + kValuesAhead + i);
       // Its four quarters as 0, 2, 1, 3: then each interleaving gives values beside each other.
@@ -161,10 +161,10 @@ private:
   }
 
   const uint8_t* next_; // what is not unpacked yet
-  const uint8_t* last_;
+  const uint8_t* packed_end_;
   uint8_t* scratch_;
   uint8_t* current_;
-  uint8_t* end_;
+  uint8_t* end_; // of what is unpacked
 };
 
 struct Avx2;
@@ -174,6 +174,7 @@ template <ValueType type> class StoredValues {
 public:
   struct Scratch {};
   StoredValues(const uint8_t* values, const uint8_t*, Scratch*) : values_(values) {}
+  // Asks the memory for what comes later.
   void Prepare() const { FetchValues<Avx2, type>(values_); }
   const uint8_t* Current() const { return values_; }
   void Skip(int64_t count) { values_ += count * ElementBytes(type); }
@@ -222,7 +223,7 @@ struct Avx2 {
   static constexpr int kPieceVectors = 2;
 
   // Sums of products of vectors of weights and of Rows rows of X. The first factor of vpmaddubsw has no sign, so its sign
-  // goes to the second; two products of at most 127 * 127 do not saturate its int16.
+  // goes to the other; two products of at most 127 * 127 do not saturate its int16.
   template <ValueType type, int Rows> class Dots {
   public:
     Dots() : ones_(Opaque(_mm256_set1_epi16(1))) { Clear(); }
@@ -233,7 +234,7 @@ struct Avx2 {
       const __m256i size = _mm256_abs_epi8(w);
       for (int i = 0; i < Rows; ++i) {
         const __m256i inputs = LoadBytes(x + i * stride);
-        // The sign of x goes to the weight where that needs fewer registers, the weight's to x where it saves work.
+        // The signs of x go to the weights for one and two rows, where that is faster, those of the weights to x for more.
         const __m256i pairs = Rows <= 2 ? _mm256_maddubs_epi16(_mm256_abs_epi8(inputs), _mm256_sign_epi8(w, inputs))
                                         : _mm256_maddubs_epi16(size, _mm256_sign_epi8(inputs, w));
         if (type != ValueType::kInt4) AddPairs(i, pairs);
