@@ -148,6 +148,12 @@ BLOCKPRESS_INLINE void RowTimesBytes(const Weight& weight, int64_t row, Cursor* 
     for (int i = 0; i < Rows; ++i) total[i] = Isa::Fma(dots.Sums(i), Isa::Fill(scale), total[i]);
     dots.Clear();
   };
+  const auto store = [&](int i, float sum) { y[i * weight.rows] = sum * x.scales[i] + weight.row_bias(row); };
+  if (weight.group_size >= weight.columns) { // as usual for int8, and worth a path of its own for short rows
+    EachPiece<Isa>(mask, 0, weight.pieces(), cursor, add, [](int64_t) {});
+    for (int i = 0; i < Rows; ++i) store(i, Isa::Sum(dots.Sums(i)) * *scales);
+    return;
+  }
   if (weight.group_size == kPieceColumns) { // as usual for int4, and worth a loop of its own
     EachPiece<Isa>(mask, 0, weight.pieces(), cursor, add, [&](int64_t piece) { end_group(scales[piece]); });
   } else {
@@ -156,7 +162,7 @@ BLOCKPRESS_INLINE void RowTimesBytes(const Weight& weight, int64_t row, Cursor* 
       end_group(scale);
     });
   }
-  for (int i = 0; i < Rows; ++i) y[i * weight.rows] = Isa::Sum(total[i]) * x.scales[i] + weight.row_bias(row);
+  for (int i = 0; i < Rows; ++i) store(i, Isa::Sum(total[i]));
 }
 
 // The product with few rows of X.
