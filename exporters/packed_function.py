@@ -1,10 +1,12 @@
-"""The operator of packed weights in standard operators, as a function that the model itself carries.
+"""The operators of packed weights in standard operators, as functions that the model itself carries.
 
 Where the runtime library is not there, ONNX Runtime runs this in its place: the same numbers, slowly. Rows are
 unpacked in strips of bounded size, anew in each call, so that it takes little memory beyond the packed weights.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import onnx
 from onnx import TensorProto
@@ -13,6 +15,9 @@ from exporters.packing import PIECE_COLUMNS, STRIP_ROWS
 
 DOMAIN = "blockpress"
 OPERATOR = "SparseMatMul"
+# The inputs of each weight; those of an operator with several weights follow one another behind x.
+WEIGHT_INPUTS = ("mask", "values", "offsets", "scales", "bias")
+MOST_WEIGHTS = 3
 DOMAIN_VERSION = 1
 STRIP_ELEMENTS = 2**19  # weights that are unpacked at a time: about 30 bytes each while they are
 _MIN_OPSET = 18  # BitwiseAnd, and the axes of ReduceMax as an input
@@ -170,6 +175,52 @@ _SCALING_GROUPS = """
     scaled_groups = Mul (weight_groups, group_scales)
     scaled = Reshape (scaled_groups, in_rows)
 """
+
+
+_ATTRIBUTES = ("columns", "group_size", "activation_bits", "format_version")
+
+
+def operator_name(weights: int) -> str:
+    """The operator that multiplies x by 1 to MOST_WEIGHTS weights."""
+    return OPERATOR if weights == 1 else f"{OPERATOR}{weights}"
+
+
+def is_packed_product(node: onnx.NodeProto) -> bool:
+    """Whether the node is one of these operators."""
+    return node.domain == DOMAIN and node.op_type in map(operator_name, range(1, MOST_WEIGHTS + 1))
+
+
+def weight_inputs(node: onnx.NodeProto) -> list[list[str]]:
+    """The names of each weight's inputs, in the order of WEIGHT_INPUTS; the last may lack some in a broken file."""
+    inputs = list(node.input[1:])
+    return [inputs[start : start + len(WEIGHT_INPUTS)] for start in range(0, len(inputs), len(WEIGHT_INPUTS))]
+
+
+def fallback_functions(
+    weights: Collection[int], *, int4: bool, group_size: int, activation_bits: int, opset: int
+) -> list[onnx.FunctionProto]:
+    """The operators with that many weights each, and ``fallback_function``, which they call."""
+    one = fallback_function(int4=int4, group_size=group_size, activation_bits=activation_bits, opset=opset)
+    return [one, *(_several(count, max(opset, _MIN_OPSET)) for count in sorted(weights) if count > 1)]
+
+
+def _several(weights: int, opset: int) -> onnx.FunctionProto:
+    """The operator with several weights as that with one, for each of them."""
+    numbers = range(1, weights + 1)
+    given = {number: ", ".join(f"{name}{number}" for name in WEIGHT_INPUTS) for number in numbers}
+    passed = ", ".join(f"{name}: int = @{name}" for name in _ATTRIBUTES)
+    products = "\n".join(f"  y{n} = {DOMAIN}.{OPERATOR} <{passed}> (x, {given[n]})" for n in numbers)
+    outputs = ", ".join(f"y{number}" for number in numbers)
+    function: onnx.FunctionProto = onnx.parser.parse_function(
+        f"""<domain: "{DOMAIN}", opset_import: ["": {opset}, "{DOMAIN}": {DOMAIN_VERSION}]>
+{operator_name(weights)} <{", ".join(_ATTRIBUTES)}>
+(x, {", ".join(given.values())}) => ({outputs})
+{{
+{products}
+}}
+"""
+    )
+    return function
 
 
 def fallback_function(*, int4: bool, group_size: int, activation_bits: int, opset: int) -> onnx.FunctionProto:

@@ -23,7 +23,7 @@ from exporters.fragments import dtype_name, tensor_bytes
 from exporters.graph_weights import GraphWeight
 from exporters.manifest import TensorRow
 from exporters.masks import nonzero_mask
-from exporters.packed_function import DOMAIN, DOMAIN_VERSION, fallback_function
+from exporters.packed_function import DOMAIN, DOMAIN_VERSION, MOST_WEIGHTS, fallback_functions
 from exporters.packed_nodes import (
     INT8_MIDDLE,
     MASK,
@@ -31,10 +31,11 @@ from exporters.packed_nodes import (
     SCALES,
     VALUES,
     Lookup,
+    PackedProduct,
     Product,
     int8_lookup,
     int8_product,
-    packed_product,
+    packed_products,
     shared_constants,
 )
 from exporters.packing import STRIP_ROWS, TAIL_BYTES, PackedMatrix, pack_matrix, spread_scales, value_elements
@@ -173,10 +174,10 @@ class _Packing:
         self._replaced: dict[int, list[onnx.NodeProto]] = {}  # by id of the node that they stand for
         self._weights: list[GraphWeight] = []
         self._packed: dict[str, PackedWeight] = {}
+        self._products: dict[int, PackedProduct] = {}  # by id of the node that they stand for
         self._shifted: dict[str, TensorCensus] = {}
         self._left: list[str] = []
         self._cache = _LastPacked()
-        self._float_type = TensorProto.FLOAT
 
     def add(self, weight: GraphWeight, *, is_pruned: bool) -> None:
         """Take the next weight."""
@@ -201,6 +202,7 @@ class _Packing:
     def finish(self) -> PackedGraph:
         """The graph with all changes."""
         graph = self._proto.graph
+        several = self._place_products()
         nodes = [new for node in graph.node for new in self._replaced.get(id(node), [node])]
         if self._replaced:
             nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
@@ -215,10 +217,36 @@ class _Packing:
                 raise ValueError(f"packed weights of several kinds in one model: {sorted(kinds)}")
             int4, group_size = next(iter(kinds))
             self._proto.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
-            self._proto.functions.append(
-                fallback_function(int4=int4, group_size=group_size, activation_bits=self._bits, opset=opset)
+            self._proto.functions.extend(
+                fallback_functions(
+                    several, int4=int4, group_size=group_size, activation_bits=self._bits, opset=opset
+                )
             )
         return PackedGraph(self._proto, self._weights, self._packed, self._shifted, tuple(self._left))
+
+    def _place_products(self) -> set[int]:
+        """Put operators in the place of packed products; returns how many weights they have.
+
+        Products of the same input become one operator where the first of them stands, which has then all that the
+        others need: the operator rounds its input once, and wakes the other threads once.
+        """
+        groups: list[list[PackedProduct]] = []
+        by_input: dict[object, list[PackedProduct]] = {}
+        for node in self._proto.graph.node:
+            packed = self._products.get(id(node))
+            if packed is None:
+                continue
+            group = by_input.get(packed.shared)
+            if group is None or len(group) == MOST_WEIGHTS or packed.product.bias in self._producers:
+                group = by_input[packed.shared] = []
+                groups.append(group)
+            group.append(packed)
+        for group in groups:
+            nodes = packed_products(group, self._bits)
+            for packed in group:
+                self._replaced[id(packed.product.node)] = nodes
+                nodes = []
+        return {len(group) for group in groups}
 
     def _uses(self, weight: GraphWeight) -> tuple[list[Product], list[Lookup], _Between]:
         """Products with the weight and look-ups in it; both empty where it is used otherwise as well."""
@@ -277,12 +305,11 @@ class _Packing:
         )
         self._add_parts(weight, kept.shape, value_type, elements, numbers, int4)
         for product in products:
-            self._replaced[id(product.node)] = packed_product(
+            self._products[id(product.node)] = PackedProduct(
                 product,
                 weight.name,
                 columns=kept.shape[1],
                 group_size=0 if quantized is None else quantized.group_size,
-                activation_bits=self._bits,
                 scaled=quantized is not None,
                 float_type=TensorProto.FLOAT16 if weight.dtype == TensorProto.FLOAT16 else TensorProto.FLOAT,
             )

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from exporters.packed_function import DOMAIN, OPERATOR
+from exporters.packed_function import DOMAIN, MOST_WEIGHTS, operator_name
 from exporters.packing import FORMAT_VERSION
 
 MASK, VALUES, OFFSETS, SCALES = ".mask", ".values", ".offsets", ".scales"
@@ -43,6 +43,32 @@ class Product:
 
 
 @dataclass(frozen=True)
+class PackedProduct:
+    """A product whose weight is packed.
+
+    Attributes:
+        product: The product.
+        weight: Name of the weight.
+        columns: K.
+        group_size: As in the format.
+        scaled: Whether the weight has scales.
+        float_type: What the graph computes in.
+    """
+
+    product: Product
+    weight: str
+    columns: int
+    group_size: int
+    scaled: bool
+    float_type: int
+
+    @property
+    def shared(self) -> tuple[object, ...]:
+        """What must be the same in all products of one operator."""
+        return (self.product.x, self.columns, self.group_size, self.float_type)
+
+
+@dataclass(frozen=True)
 class Lookup:
     """Rows of an embedding: ``output = W[ids]``."""
 
@@ -67,51 +93,45 @@ def shared_constants() -> list[TensorProto]:
     return [numpy_helper.from_array(array, name) for name, array in constants.items()]
 
 
-def packed_product(
-    product: Product,
-    weight: str,
-    *,
-    columns: int,
-    group_size: int,
-    activation_bits: int,
-    scaled: bool,
-    float_type: int,
-) -> list[NodeProto]:
-    """The operator of packed weights, between casts where the graph computes in float16.
+def packed_products(products: Sequence[PackedProduct], activation_bits: int) -> list[NodeProto]:
+    """One operator that makes all these products, between casts where the graph computes in float16.
 
     Args:
-        product: What it replaces.
-        weight: Name of the weight.
-        columns: K.
-        group_size: As in the format.
+        products: Up to MOST_WEIGHTS, with the same ``shared``. The operator has the name of the first.
         activation_bits: As in the format.
-        scaled: Whether the weight has scales.
-        float_type: What the graph computes in.
     """
-    parts = [f"{weight}{MASK}", f"{weight}{VALUES}", f"{weight}{OFFSETS}"]
-    scales = f"{weight}{SCALES}" if scaled else NO_SCALES
-    nodes, x, output, bias = [], product.x, product.output, product.bias or NO_BIAS
-    if float_type != TensorProto.FLOAT:
-        x, output = f"{product.name}/x_float32", f"{product.name}/y_float32"
-        nodes.append(_node("Cast", [product.x], x, to=TensorProto.FLOAT))
-        if product.bias is not None:
-            bias = f"{product.name}/bias_float32"
-            nodes.append(_node("Cast", [product.bias], bias, to=TensorProto.FLOAT))
+    first = products[0]
+    if len(products) > MOST_WEIGHTS or len({product.shared for product in products}) != 1:
+        raise ValueError("these products cannot be made by one operator")
+    before, after, x = [], [], first.product.x
+    if first.float_type != TensorProto.FLOAT:
+        x = f"{first.product.name}/x_float32"
+        before.append(_node("Cast", [first.product.x], x, to=TensorProto.FLOAT))
+    inputs, outputs = [x], []
+    for packed in products:
+        product, weight = packed.product, packed.weight
+        output, bias = product.output, product.bias or NO_BIAS
+        if packed.float_type != TensorProto.FLOAT:
+            output = f"{product.name}/y_float32"
+            after.append(_node("Cast", [output], product.output, to=packed.float_type))
+            if product.bias is not None:
+                bias = f"{product.name}/bias_float32"
+                before.append(_node("Cast", [product.bias], bias, to=TensorProto.FLOAT))
+        scales = f"{weight}{SCALES}" if packed.scaled else NO_SCALES
+        inputs += [f"{weight}{MASK}", f"{weight}{VALUES}", f"{weight}{OFFSETS}", scales, bias]
+        outputs.append(output)
     operator = helper.make_node(
-        OPERATOR,
-        [x, *parts, scales, bias],
-        [output],
-        name=product.name,
+        operator_name(len(products)),
+        inputs,
+        outputs,
+        name=first.product.name,
         domain=DOMAIN,
         format_version=FORMAT_VERSION,
-        columns=columns,
-        group_size=group_size,
+        columns=first.columns,
+        group_size=first.group_size,
         activation_bits=activation_bits,
     )
-    nodes.append(operator)
-    if output != product.output:
-        nodes.append(_node("Cast", [output], product.output, to=float_type))
-    return nodes
+    return [*before, operator, *after]
 
 
 def int8_product(product: Product, weight: str, activation_bits: int) -> list[NodeProto]:

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from exporters.manifest import Encoding
 from exporters.masks import BoolArray, nonzero_mask
-from exporters.packed_function import DOMAIN, OPERATOR
+from exporters.packed_function import WEIGHT_INPUTS, is_packed_product, weight_inputs
 from exporters.packed_nodes import INT8_MIDDLE, MASK, NO_SCALES, SCALES
 from exporters.packing import (
     FORMAT_VERSION,
@@ -36,8 +36,7 @@ _VALUE_TYPES = {
     TensorProto.INT8: TensorProto.INT8,
     TensorProto.UINT8: TensorProto.INT4,
 }
-_MASK, _VALUES, _OFFSETS, _SCALES = range(1, 5)  # inputs of the operator
-_INPUTS = 6
+_MASK, _VALUES, _OFFSETS, _SCALES = range(4)  # of a weight's inputs
 
 
 @dataclass(frozen=True)
@@ -132,15 +131,17 @@ def with_packed(
     by_name = {tensor.name: tensor for tensor in constants}
     packed: dict[str, PackedTensor] = {}
     inside: set[str] = set()
-    for node in _packed_products(nodes):
-        inputs = [text(value) for value in node.input]
-        if len(inputs) != _INPUTS:
-            raise packed_error(text(node.name), f"{len(inputs)} inputs, the operator has {_INPUTS}")
-        tensor = _packed_tensor(node, inputs, by_name)
-        packed[inputs[_MASK]] = tensor
-        inside.update(inputs[_VALUES:_SCALES])
-        if inputs[_SCALES] != NO_SCALES:
-            inside.add(inputs[_SCALES])
+    for node in filter(is_packed_product, nodes):
+        weights = weight_inputs(node)
+        if len(weights) != len(node.output) or any(len(inputs) != len(WEIGHT_INPUTS) for inputs in weights):
+            counted = f"{len(node.input)} inputs and {len(node.output)} outputs"
+            raise packed_error(text(node.name), f"{node.op_type} with {counted}")
+        for inputs in weights:
+            inputs = [text(name) for name in inputs]
+            packed[inputs[_MASK]] = _packed_tensor(node, inputs, by_name)
+            inside.update(inputs[_VALUES:_SCALES])
+            if inputs[_SCALES] != NO_SCALES:
+                inside.add(inputs[_SCALES])
     found: dict[str, StoredTensor] = {**_shifted(by_name), **packed}
     return tuple(found.get(t.name, t) for t in constants if t.name not in inside)
 
@@ -155,7 +156,7 @@ def has_integer_weights(constants: Iterable[StoredTensor]) -> bool:
 
 def rounds_inputs(nodes: Sequence[onnx.NodeProto]) -> bool:
     """Whether a product of the graph, with packed or int8 weights, rounds its inputs."""
-    packed = any(_integer(node, "activation_bits", 32) != 32 for node in _packed_products(nodes))
+    packed = any(_integer(node, "activation_bits", 32) != 32 for node in filter(is_packed_product, nodes))
     return packed or any(node.op_type == "MatMulInteger" for node in nodes)
 
 
@@ -177,10 +178,6 @@ def _shifted(by_name: Mapping[str, StoredTensor]) -> dict[str, ShiftedTensor]:
                 stored=tensor,
             )
     return found
-
-
-def _packed_products(nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    return [node for node in nodes if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]
 
 
 def _packed_tensor(

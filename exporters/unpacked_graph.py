@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
-from exporters.packed_function import DOMAIN, OPERATOR
+from exporters.packed_function import DOMAIN, is_packed_product, weight_inputs
 from exporters.packed_nodes import MASK, SCALES
 from exporters.stored import StoredTensor
 
@@ -49,7 +49,7 @@ def unpack_graph(proto: onnx.ModelProto, stored: Mapping[str, StoredTensor]) -> 
     """
     work = _Unpacking(proto.graph, stored)
     for node in proto.graph.node:
-        if (node.domain, node.op_type) == (DOMAIN, OPERATOR) and node.output:
+        if is_packed_product(node):
             work.unpack(node)
         elif node.op_type in ("MatMulInteger", "Cast"):
             work.widen_product(node)
@@ -79,19 +79,19 @@ class _Unpacking:
         self.weights: dict[str, DenseWeight] = {}
 
     def unpack(self, node: NodeProto) -> None:
-        """Replace a product by a packed weight."""
-        weight = node.input[1].removesuffix(MASK)
-        tensor = self._stored[weight]
-        self._add(weight, tensor.shape[::-1], partial(_transposed, tensor))
-        output, bias = node.output[0], node.input[5]
-        if bias in self._stored and not self._stored[bias].load().any():
-            self.replaced[id(node)] = [_node("MatMul", [node.input[0], weight], output, node.name)]
-            return
-        product = f"{output}.unbiased"
-        self.replaced[id(node)] = [
-            _node("MatMul", [node.input[0], weight], product, node.name),
-            _node("Add", [product, bias], output, f"{node.name}/bias"),
-        ]
+        """Replace an operator of packed weights by a product with each."""
+        nodes = self.replaced[id(node)] = []
+        for number, (inputs, output) in enumerate(zip(weight_inputs(node), node.output, strict=True)):
+            mask, *_, bias = inputs
+            weight, name = mask.removesuffix(MASK), f"{node.name}/{number}" if number else node.name
+            tensor = self._stored[weight]
+            self._add(weight, tensor.shape[::-1], partial(_transposed, tensor))
+            if bias in self._stored and not self._stored[bias].load().any():
+                nodes.append(_node("MatMul", [node.input[0], weight], output, name))
+                continue
+            product = f"{output}.unbiased"
+            nodes.append(_node("MatMul", [node.input[0], weight], product, name))
+            nodes.append(_node("Add", [product, bias], output, f"{name}/bias"))
 
     def widen_product(self, node: NodeProto) -> None:
         """Replace a product by an int8 matrix (K, N); ``node`` multiplies by it, or casts it first."""

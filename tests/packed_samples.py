@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,13 +15,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.packed_function import DOMAIN, OPERATOR, fallback_function
+from exporters.packed_function import DOMAIN, WEIGHT_INPUTS, fallback_functions, operator_name
 from exporters.packing import FORMAT_VERSION, PackedMatrix, dequantize, groups_of, pack_matrix
 
 RUNTIME = Path(__file__).resolve().parent.parent / "runtime" / "blockpress_runtime"
 FLOATS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 LARGEST = {"int8": 127, "int4": 7}
-INPUTS = ("mask", "values", "offsets", "scales", "bias")
 
 
 def runtime_packing() -> ModuleType:
@@ -57,7 +57,8 @@ class Sample:
         """The operator's constants by name."""
         arrays = (self.packed.mask, self.packed.values, self.packed.offsets, self.scales, self.bias)
         return {
-            name: numpy_helper.from_array(array, name) for name, array in zip(INPUTS, arrays, strict=True)
+            name: numpy_helper.from_array(array, name)
+            for name, array in zip(WEIGHT_INPUTS, arrays, strict=True)
         }
 
 
@@ -79,28 +80,46 @@ def sample(
 
 def product_model(made: Sample, activation_bits: int, opset: int = 18, leading: int = 2) -> onnx.ModelProto:
     """A model of one packed product, with its fallback."""
-    rows, columns = made.stored.shape
+    return products_model([made], activation_bits, opset, leading)
+
+
+def products_model(
+    weights: Sequence[Sample], activation_bits: int, opset: int = 18, leading: int = 2
+) -> onnx.ModelProto:
+    """A model of one operator with these weights, and its fallback; the outputs are y1, y2 and so on."""
+    first = weights[0]
+    tensors = []
+    for number, made in enumerate(weights, 1):
+        for tensor in made.tensors().values():
+            tensor.name += str(number)
+            tensors.append(tensor)
+    rows, columns = [len(made.stored) for made in weights], first.stored.shape[1]
+    outputs = [f"y{number}" for number in range(1, len(weights) + 1)]
     node = helper.make_node(
-        OPERATOR,
-        ["x", *INPUTS],
-        ["y"],
+        operator_name(len(weights)),
+        ["x", *(tensor.name for tensor in tensors)],
+        outputs,
         domain=DOMAIN,
         format_version=FORMAT_VERSION,
         columns=columns,
-        group_size=made.group_size,
+        group_size=first.group_size,
         activation_bits=activation_bits,
     )
     axes: list[int | None] = [None] * leading
     ports = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, [*axes, width])
-        for name, width in (("x", columns), ("y", rows))
+        for name, width in zip(["x", *outputs], [columns, *rows], strict=True)
     ]
-    graph = helper.make_graph([node], "product", ports[:1], ports[1:], [*made.tensors().values()])
-    function = fallback_function(
-        int4=made.kind == "int4", group_size=made.group_size, activation_bits=activation_bits, opset=opset
+    graph = helper.make_graph([node], "product", ports[:1], ports[1:], tensors)
+    functions = fallback_functions(
+        [len(weights)],
+        int4=first.kind == "int4",
+        group_size=first.group_size,
+        activation_bits=activation_bits,
+        opset=opset,
     )
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
-    return helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
+    return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
 
 
 def expected(made: Sample, x: NDArray[np.float32], activation_bits: int) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,35 @@ def model_of(
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * rank)]
     held = [tensor for name, tensor in tensors.items() if name not in fed]
     graph = helper.make_graph([node], "product", inputs, outputs, held)
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("blockpress", 1)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=8)
+
+
+def model_of_several(
+    weights: Sequence[dict[str, onnx.TensorProto]], attributes: dict[str, int], *, fed: tuple[str, ...] = ()
+) -> onnx.ModelProto:
+    """y1, y2 ... = SparseMatMulN(x, ...); names of tensors, those in ``fed`` too, end with the weight's number."""
+    tensors = []
+    for number, of_weight in enumerate(weights, 1):
+        for name in NAMES:
+            tensor = TensorProto()
+            tensor.CopyFrom(of_weight[name])
+            tensor.name = f"{name}{number}"
+            tensors.append(tensor)
+    ports = [f"y{number}" for number in range(1, len(weights) + 1)]
+    node = helper.make_node(
+        f"SparseMatMul{len(weights)}",
+        ["x", *(t.name for t in tensors)],
+        ports,
+        domain="blockpress",
+        **attributes,
+    )
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None])]
+    inputs += [
+        helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in tensors if t.name in fed
+    ]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None]) for name in ports]
+    graph = helper.make_graph([node], "products", inputs, outputs, [t for t in tensors if t.name not in fed])
     imports = [helper.make_opsetid("", 18), helper.make_opsetid("blockpress", 1)]
     return helper.make_model(graph, opset_imports=imports, ir_version=8)
 

@@ -11,8 +11,15 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_samples import pruned_matrix
 
 from exporters.packed_function import DOMAIN, DOMAIN_VERSION, OPERATOR, fallback_function
-from exporters.packed_nodes import Lookup, Product, int8_lookup, int8_product, shared_constants
-from exporters.packed_nodes import packed_product as packed_nodes
+from exporters.packed_nodes import (
+    Lookup,
+    PackedProduct,
+    Product,
+    int8_lookup,
+    int8_product,
+    packed_products,
+    shared_constants,
+)
 from exporters.packing import pack_matrix
 from validators.speed.contents import Contents
 from validators.speed.results import ModelSpeed, Rounds, Speed
@@ -105,15 +112,15 @@ def language_model(path: Path, *, activation_bits: int | None = None, cache: boo
             "table.scales": np.full(VOCABULARY, 0.25, np.float32),
         }
         look_up = int8_lookup(Lookup(onnx.NodeProto(), ids, rows, "embed"), "table", columns_first=True)
-        product = packed_nodes(
+        inner = PackedProduct(
             Product(onnx.NodeProto(), rows, keys, None, True, "inner"),
             "inner",
             columns=WIDTH,
             group_size=0,
-            activation_bits=activation_bits,
             scaled=True,
             float_type=TensorProto.FLOAT,
         )
+        product = packed_products([inner], activation_bits)
         head = int8_product(
             Product(onnx.NodeProto(), states, "logits", None, False, "head"), "table", activation_bits
         )

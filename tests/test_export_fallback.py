@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from packed_samples import expected, product_model, sample
+from packed_samples import expected, product_model, products_model, sample
 from runtime_samples import library_path, needs_library
 
 CASES = [
@@ -65,6 +65,21 @@ def test_fallback_takes_any_leading_axes(shape: tuple[int, ...]) -> None:
     np.testing.assert_allclose(y, expected(made, x, 8) if x.size else np.empty(y.shape), atol=2e-5)
 
 
+@pytest.mark.parametrize(("kind", "group_size", "activation_bits"), CASES)
+@pytest.mark.parametrize("rows", [(37, 20), (5, 64, 17)])
+def test_fallback_of_several_weights(
+    rows: tuple[int, ...], kind: str, group_size: int, activation_bits: int
+) -> None:
+    """An output for each weight."""
+    weights = [sample(count, 200, kind, group_size, seed=count) for count in rows]
+    x = np.random.default_rng(1).normal(size=(2, 3, 200)).astype(np.float32)
+    model = products_model(weights, activation_bits)
+    onnx.checker.check_model(model)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for y, made in zip(session.run(None, {"x": x}), weights, strict=True):
+        np.testing.assert_allclose(y, expected(made, x, activation_bits), atol=2e-5)
+
+
 def test_fallback_lets_no_nan_pass_for_a_number() -> None:
     """A row with a NaN or an infinity gives NaN everywhere, the rows beside it their numbers."""
     made = sample(9, 64, "int8")
@@ -102,3 +117,16 @@ def test_library_takes_the_place_of_the_fallback() -> None:
     )
     np.testing.assert_allclose(session.run(None, {"x": x})[0], expected(made, x, 32), atol=2e-5)
     np.testing.assert_allclose(run(model, x), expected(made, x, 8), atol=2e-5)
+
+
+@needs_library
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_library_has_every_operator(tmp_path: Path, count: int) -> None:
+    """Registered, none is taken apart into its function."""
+    model = products_model([sample(20, 64, "int8", seed=seed) for seed in range(count)], 8)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library_path()))
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (node,) = onnx.load(tmp_path / "optimised.onnx").graph.node
+    assert (node.domain, node.op_type) == ("blockpress", model.graph.node[0].op_type)

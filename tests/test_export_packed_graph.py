@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from architectures import build
 from exported_models import Exported, padded_tokens, real_tokens
 from onnx import TensorProto, helper
+from packed_samples import products_model, sample
 
 from compressor.linears import IgnoreRules, prunable_matrices
 from compressor.quantization.scales import group_size_of, round_to_nearest
@@ -178,6 +180,47 @@ def one_product(W: np.ndarray) -> tuple[onnx.ModelProto, GraphWeight]:
     return proto, GraphWeight("w", "w", W.shape, TensorProto.FLOAT, True, lambda: W)
 
 
+def operators_of(made: PackedGraph) -> list[str]:
+    return [node.op_type for node in made.proto.graph.node if node.domain == "blockpress"]
+
+
+def test_products_of_the_same_input_share_an_operator(tmp_path: Path) -> None:
+    """Query, key and value; gate and up; the other two alone. What is written holds each weight under its name."""
+    made = packed(tmp_path, "llama3_rope", 8)
+    assert operators_of(made.graph) == ["SparseMatMul3", "SparseMatMul", "SparseMatMul2", "SparseMatMul"]
+    functions = [function.name for function in made.graph.proto.functions]
+    assert functions == ["SparseMatMul", "SparseMatMul2", "SparseMatMul3"]
+
+
+def test_operators_have_up_to_three_weights_and_no_bias_that_comes_late(tmp_path: Path) -> None:
+    """Of six products of one input the first two are made together; a bias of the graph's own begins the next three."""
+    rng = np.random.default_rng(0)
+    nodes = [helper.make_node("Gemm", ["x", f"w{i}"], [f"y{i}"]) for i in range(2)]
+    nodes.append(helper.make_node("Abs", ["b"], ["late"]))
+    nodes.append(helper.make_node("Gemm", ["x", "w2", "late"], ["y2"]))
+    nodes += [helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]) for i in range(3, 6)]
+    ports = {"x": ["rows", 64], "b": [24], **{f"y{i}": ["rows", 24] for i in range(6)}}
+    infos = {
+        name: helper.make_tensor_value_info(name, TensorProto.FLOAT, axes) for name, axes in ports.items()
+    }
+    graph = helper.make_graph(nodes, "g", [infos.pop("x"), infos.pop("b")], [*infos.values()])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    matrices = {f"w{i}": rng.normal(size=(64, 24)).astype(np.float32) for i in range(6)}
+    for W in matrices.values():
+        W[rng.random(W.shape) < 0.6] = 0
+    weights = [
+        GraphWeight(name, name, W.shape, TensorProto.FLOAT, True, partial(np.asarray, W))
+        for name, W in matrices.items()
+    ]
+    made = pack_graph(proto, weights, pruned=set(matrices), quantized={}, activation_bits=32)
+    assert operators_of(made) == ["SparseMatMul2", "SparseMatMul3", "SparseMatMul"]
+    write_model(made.proto, made.weights, tmp_path / "m.onnx", "m.data", encoding="packed")
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    x, b = rng.normal(size=(3, 64)).astype(np.float32), rng.normal(size=24).astype(np.float32)
+    for i, y in enumerate(session.run(None, {"x": x, "b": b})):
+        np.testing.assert_allclose(y, x @ matrices[f"w{i}"] + (np.abs(b) if i == 2 else 0), atol=1e-4)
+
+
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_packed_weight_takes_the_bytes_of_its_nonzeros(tmp_path: Path, bits: int | None) -> None:
     """Values, one bit a weight and scales: the file has no more than 2 % beyond them."""
@@ -207,3 +250,19 @@ def test_packing_refuses_weights_that_are_no_multiples_of_their_scales(tmp_path:
     with pytest.raises(ExportError) as refused:
         pack_graph(proto, [weight], pruned={"w"}, quantized={"w": scales}, activation_bits=8)
     assert refused.value.error_id == "E-EXPORT-SCALES"
+
+
+@pytest.mark.parametrize("lacking", ["input", "output"])
+def test_operator_that_lacks_an_input_or_an_output_is_refused(tmp_path: Path, lacking: str) -> None:
+    """Five inputs and an output for each weight, or the file is not read."""
+    model = products_model([sample(20, 64, "int8"), sample(5, 64, "int8")], 8)
+    read_model(_saved(model, tmp_path))
+    getattr(model.graph.node[0], lacking).pop()
+    with pytest.raises(ExportError, match="SparseMatMul2 with") as refused:
+        read_model(_saved(model, tmp_path))
+    assert refused.value.error_id == "E-ONNX-PACKED"
+
+
+def _saved(model: onnx.ModelProto, folder: Path) -> Path:
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    return folder / "model.onnx"

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx_samples import pruned_matrix, run_product, weight_of, write_product
+from packed_samples import expected, products_model, sample
 from speed_samples import language_model, packed_product
 
 from exporters.densify import densify, has_transposed_weights
@@ -82,6 +83,32 @@ def test_dense_form_unpacks_packed_weights(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(dense, providers=["CPUExecutionProvider"])
     assert np.array_equal(session.run(None, {"x": x})[0], x @ W.T + bias)
     assert [entry.domain for entry in read_model(dense).proto.opset_import] == [""]
+
+
+def test_dense_form_and_contents_of_an_operator_of_several_weights(tmp_path: Path) -> None:
+    """Each weight is a product of its own again, with its own output; all of them are counted and read."""
+    import onnxruntime
+
+    weights = [sample(rows, 70, "int8", seed=rows) for rows in (20, 5, 33)]
+    onnx.save(products_model(weights, 8, leading=1), tmp_path / "packed.onnx")
+    found = contents_of(read_model(tmp_path / "packed.onnx"))
+    assert (found.form, found.packed_products, found.products, found.float_products) == (
+        "sparse-int8",
+        3,
+        3,
+        0,
+    )
+    assert found.bytes_per_step == sum(
+        len(tensor.raw_data) for made in weights for tensor in made.tensors().values()
+    )
+    densify(read_model(tmp_path / "packed.onnx"), tmp_path / "dense.onnx")
+    dense = read_model(tmp_path / "dense.onnx")
+    assert contents_of(dense).products == 3
+    assert not dense.proto.functions
+    x = np.random.default_rng(0).normal(size=(4, 70)).astype(np.float32)
+    session = onnxruntime.InferenceSession(tmp_path / "dense.onnx", providers=["CPUExecutionProvider"])
+    for y, made in zip(session.run(None, {"x": x}), weights, strict=True):
+        np.testing.assert_allclose(y, expected(made, x, 32), atol=1e-4)
 
 
 @pytest.mark.parametrize("activation_bits", [8, 32])

@@ -25,7 +25,9 @@ BLOCKPRESS_EXPORT ort::Status* BLOCKPRESS_ORT_CALL RegisterCustomOps(ort::Sessio
   // The options keep the domain's address, and nothing says when they end: a domain for each, never freed.
   ort::CustomOpDomain* domain = nullptr;
   if (auto* status = api->CreateCustomOpDomain("blockpress", &domain)) return status;
-  if (auto* status = api->CustomOpDomainAdd(domain, &blockpress::kSparseMatMul)) return status;
+  for (const ort::CustomOp& op : blockpress::kSparseMatMul) {
+    if (auto* status = api->CustomOpDomainAdd(domain, &op)) return status;
+  }
   return api->AddCustomOpDomain(options, domain);
 }
 

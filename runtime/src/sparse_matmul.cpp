@@ -1,5 +1,6 @@
 #include "sparse_matmul.h"
 
+#include <algorithm>
 #include <cinttypes>
 #include <climits>
 #include <cstdlib>
@@ -11,7 +12,7 @@
 namespace blockpress {
 namespace {
 
-constexpr size_t kInputs = 1 + kWeightInputs;
+constexpr int kMostWeights = kOperatorCount; // of one operator
 constexpr int64_t kMaxTasks = 128;
 // A run of fewer products, some 30 microseconds of a vector kernel, is not worth waking another thread.
 constexpr int64_t kSharedProducts = 1 << 19;
@@ -20,12 +21,24 @@ constexpr int64_t kSharedProducts = 1 << 19;
 constexpr int64_t kTaskProducts = 1 << 14;
 constexpr int64_t kTransposedColumns = 512; // columns of x that one task transposes
 
+// The weights of an operator, which all have the columns that its attributes say.
+struct Weights {
+  int count;
+  Weight of[kMostWeights];
+
+  int64_t strips() const {
+    int64_t strips = 0;
+    for (int i = 0; i < count; ++i) strips += of[i].strips();
+    return strips;
+  }
+};
+
 struct Kernel {
   const ort::Api* api;
   const Kernels* kernels;
   Attributes attributes;
-  bool constant; // the weight is the same at every run, and `weight` holds it, checked
-  Weight weight;
+  bool constant; // the weights are the same at every run, and `weights` holds them, checked
+  Weights weights;
 };
 
 // Memory for one run, aligned for vectors. A failed allocation is null.
@@ -81,38 +94,51 @@ ort::Status* Describe(const ort::Api* api, const ort::Value* value, Tensor* tens
   return Describe(api, value, &tensor->type, &tensor->rank, tensor->dims, kMaxRank, &tensor->data);
 }
 
-// Checks the weight where all of it is constant, which ONNX Runtime knows when it creates the kernel.
-ort::Status* TakeConstantWeight(Kernel* kernel, const ort::KernelInfo* info) {
-  Tensor inputs[kWeightInputs];
-  for (int which = 0; which < kWeightInputs; ++which) {
-    int is_constant = 0;
-    const ort::Value* value = nullptr;
-    const size_t index = static_cast<size_t>(which) + 1;
-    if (auto* status = kernel->api->KernelInfoGetConstantInput(info, index, &is_constant, &value)) return status;
-    if (is_constant == 0 || value == nullptr) return nullptr;
-    if (auto* status = Describe(kernel->api, value, &inputs[which])) return status;
-  }
+// Checks one weight of an operator and says which one is wrong, where it has several.
+ort::Status* TakeWeight(const Kernel& kernel, int number, const Tensor (&inputs)[kWeightInputs], Weight* weight) {
   Message message;
-  if (!CheckWeight(kernel->attributes, inputs, &kernel->weight, &message)) return Refuse(kernel->api, message);
+  if (CheckWeight(kernel.attributes, inputs, weight, &message)) return nullptr;
+  if (kernel.weights.count == 1) return Refuse(kernel.api, message);
+  Message numbered;
+  numbered.Set("weight %d of %d: %s", number + 1, kernel.weights.count, message.text());
+  return Refuse(kernel.api, numbered);
+}
+
+// The place of an input of a weight among the operator's inputs.
+size_t InputIndex(int number, int which) { return static_cast<size_t>(1 + number * kWeightInputs + which); }
+
+// Checks the weights where all of them are constant, which ONNX Runtime knows when it creates the kernel.
+ort::Status* TakeConstantWeights(Kernel* kernel, const ort::KernelInfo* info) {
+  for (int i = 0; i < kernel->weights.count; ++i) {
+    Tensor inputs[kWeightInputs];
+    for (int which = 0; which < kWeightInputs; ++which) {
+      int is_constant = 0;
+      const ort::Value* value = nullptr;
+      const size_t index = InputIndex(i, which);
+      if (auto* status = kernel->api->KernelInfoGetConstantInput(info, index, &is_constant, &value)) return status;
+      if (is_constant == 0 || value == nullptr) return nullptr;
+      if (auto* status = Describe(kernel->api, value, &inputs[which])) return status;
+    }
+    if (auto* status = TakeWeight(*kernel, i, inputs, &kernel->weights.of[i])) return status;
+  }
   kernel->constant = true;
   return nullptr;
 }
 
-// The weight of this run: the constant one, or the run's own inputs, checked.
-ort::Status* TakeWeight(const Kernel& kernel, const ort::KernelContext* context, Weight* weight) {
-  if (kernel.constant) {
-    *weight = kernel.weight;
-    return nullptr;
+// The weights of this run: the constant ones, or the run's own inputs, checked.
+ort::Status* TakeWeights(const Kernel& kernel, const ort::KernelContext* context, Weights* weights) {
+  *weights = kernel.weights;
+  if (kernel.constant) return nullptr;
+  for (int i = 0; i < weights->count; ++i) {
+    Tensor inputs[kWeightInputs];
+    for (int which = 0; which < kWeightInputs; ++which) {
+      const ort::Value* value = nullptr;
+      if (auto* status = kernel.api->KernelContextGetInput(context, InputIndex(i, which), &value)) return status;
+      if (auto* status = Describe(kernel.api, value, &inputs[which])) return status;
+    }
+    if (auto* status = TakeWeight(kernel, i, inputs, &weights->of[i])) return status;
   }
-  Tensor inputs[kWeightInputs];
-  for (int which = 0; which < kWeightInputs; ++which) {
-    const ort::Value* value = nullptr;
-    const size_t index = static_cast<size_t>(which) + 1;
-    if (auto* status = kernel.api->KernelContextGetInput(context, index, &value)) return status;
-    if (auto* status = Describe(kernel.api, value, &inputs[which])) return status;
-  }
-  Message message;
-  return CheckWeight(kernel.attributes, inputs, weight, &message) ? nullptr : Refuse(kernel.api, message);
+  return nullptr;
 }
 
 // x, its leading axes flattened to `rows`.
@@ -154,21 +180,21 @@ ort::Status* TakeInput(const Kernel& kernel, const ort::KernelContext* context, 
 struct Run {
   const Kernel* kernel;
   const ort::KernelContext* context;
-  const Weight* weight;
+  const Weights* weights;
   Activations activations;
   const float* x;
   int8_t* quantized;
   float* steps;
   int8_t* transposed;
-  float* y;
-  int64_t strips;
+  float* y[kMostWeights];
+  int64_t strips; // of all weights, one weight's behind the other's
   int64_t strips_per_task;
 };
 
 void QuantizeTask(void* argument, size_t index) {
   const Run& run = *static_cast<Run*>(argument);
   const auto row = static_cast<int64_t>(index);
-  const int64_t columns = run.weight->columns, stride = run.activations.stride;
+  const int64_t columns = run.kernel->attributes.columns, stride = run.activations.stride;
   const Kernels& kernels = *run.kernel->kernels;
   run.steps[row] = kernels.quantize(run.x + row * columns, columns, stride, run.quantized + row * stride);
   kernels.arrange(run.quantized + row * stride, stride);
@@ -184,9 +210,15 @@ void TransposeTask(void* argument, size_t index) {
 void MultiplyTask(void* argument, size_t index) {
   const Run& run = *static_cast<Run*>(argument);
   const int64_t first = static_cast<int64_t>(index) * run.strips_per_task;
-  const int64_t left = run.strips - first;
-  const int64_t last = first + (left < run.strips_per_task ? left : run.strips_per_task);
-  run.kernel->kernels->multiply(*run.weight, run.activations, first, last, run.y);
+  const int64_t last = std::min(first + run.strips_per_task, run.strips);
+  int64_t start = 0; // of the weight's strips among all
+  for (int i = 0; i < run.weights->count; ++i) {
+    const Weight& weight = run.weights->of[i];
+    const int64_t from = std::max(first - start, int64_t{0});
+    const int64_t to = std::min(last - start, weight.strips());
+    if (from < to) run.kernel->kernels->multiply(weight, run.activations, from, to, run.y[i]);
+    start += weight.strips();
+  }
 }
 
 ort::Status* ForEach(Run* run, void (*task)(void*, size_t), int64_t count) {
@@ -210,7 +242,10 @@ int64_t RowBytes(int64_t rows, int64_t stride, int64_t element) {
 // The rows of x once more, columns first, where the kernels want that.
 ort::Status* TransposeActivations(Run* run, Buffer* columns) {
   Activations& activations = run->activations;
-  if (!run->kernel->kernels->wants_transposed(*run->weight, activations)) return nullptr;
+  bool wanted = false;
+  for (int i = 0; i < run->weights->count; ++i)
+    wanted = wanted || run->kernel->kernels->wants_transposed(run->weights->of[i], activations);
+  if (!wanted) return nullptr;
   activations.transposed_width = TransposedWidth(activations.rows);
   const int64_t bytes = RowBytes(activations.stride, activations.transposed_width, 1);
   if (bytes >= 0) run->transposed = static_cast<int8_t*>(columns->Allocate(bytes));
@@ -222,9 +257,9 @@ ort::Status* TransposeActivations(Run* run, Buffer* columns) {
 // The rows of x as kernels want them: rounded to int8, padded to whole pieces, or where they are.
 ort::Status* PrepareActivations(Run* run, Buffer* rows, Buffer* steps) {
   Activations& activations = run->activations;
-  const int64_t columns = run->weight->columns;
+  const int64_t columns = run->kernel->attributes.columns;
   const bool rounded = run->kernel->attributes.activation_bits == 8;
-  activations.stride = run->weight->pieces() * kPieceColumns;
+  activations.stride = run->weights->of[0].pieces() * kPieceColumns;
   if (!rounded && activations.stride == columns) {
     activations.x = run->x;
     return nullptr;
@@ -249,8 +284,8 @@ ort::Status* PrepareActivations(Run* run, Buffer* rows, Buffer* steps) {
   return nullptr;
 }
 
-int64_t StripsPerTask(const Weight& weight, int64_t x_rows, int64_t strips) {
-  const int64_t products = kStripRows * weight.columns; // of one strip and one row of x, below 2^35
+int64_t StripsPerTask(int64_t columns, int64_t x_rows, int64_t strips) {
+  const int64_t products = kStripRows * columns; // of one strip and one row of x, below 2^35
   const int64_t of_strip = x_rows > INT64_MAX / products ? INT64_MAX : x_rows * products;
   if (of_strip <= kSharedProducts / strips) return strips;
   const int64_t large_enough = of_strip > kTaskProducts ? 1 : kTaskProducts / of_strip;
@@ -258,32 +293,40 @@ int64_t StripsPerTask(const Weight& weight, int64_t x_rows, int64_t strips) {
   return large_enough > few_enough ? large_enough : few_enough;
 }
 
+// Output `number`, of x's leading axes and `width` columns; `y` is null where it is empty.
+ort::Status* TakeOutput(const Kernel& kernel, ort::KernelContext* context, int number, int64_t width, Input* x,
+                        float** y) {
+  x->dims[x->rank - 1] = width;
+  ort::Value* output = nullptr;
+  const auto index = static_cast<size_t>(number), rank = static_cast<size_t>(x->rank);
+  if (auto* status = kernel.api->KernelContextGetOutput(context, index, x->dims, rank, &output)) return status;
+  if (x->rows == 0 || width == 0) return nullptr;
+  void* data = nullptr;
+  if (auto* status = kernel.api->GetTensorMutableData(output, &data)) return status;
+  *y = static_cast<float*>(data);
+  return nullptr;
+}
+
 ort::Status* BLOCKPRESS_ORT_CALL Compute(void* self, ort::KernelContext* context) {
   const Kernel& kernel = *static_cast<const Kernel*>(self);
   Input x;
-  Weight weight;
+  Weights weights;
   if (auto* status = TakeInput(kernel, context, &x)) return status;
-  if (auto* status = TakeWeight(kernel, context, &weight)) return status;
-  x.dims[x.rank - 1] = weight.rows;
-  ort::Value* output = nullptr;
-  void* y = nullptr;
-  if (auto* status =
-          kernel.api->KernelContextGetOutput(context, 0, x.dims, static_cast<size_t>(x.rank), &output)) {
-    return status;
+  if (auto* status = TakeWeights(kernel, context, &weights)) return status;
+  Run run{};
+  for (int i = 0; i < weights.count; ++i) {
+    if (auto* status = TakeOutput(kernel, context, i, weights.of[i].rows, &x, &run.y[i])) return status;
   }
-  if (x.rows == 0 || weight.rows == 0) return nullptr;
-  if (auto* status = kernel.api->GetTensorMutableData(output, &y)) return status;
+  run.strips = weights.strips();
+  if (x.rows == 0 || run.strips == 0) return nullptr;
 
   Buffer rows, steps, columns;
-  Run run{};
   run.kernel = &kernel;
   run.context = context;
-  run.weight = &weight;
+  run.weights = &weights;
   run.activations.rows = x.rows;
   run.x = x.data;
-  run.y = static_cast<float*>(y);
-  run.strips = (weight.rows + kStripRows - 1) / kStripRows;
-  run.strips_per_task = StripsPerTask(weight, x.rows, run.strips);
+  run.strips_per_task = StripsPerTask(kernel.attributes.columns, x.rows, run.strips);
   if (auto* status = PrepareActivations(&run, &rows, &steps)) return status;
   if (auto* status = TransposeActivations(&run, &columns)) return status;
   return ForEach(&run, &MultiplyTask, (run.strips + run.strips_per_task - 1) / run.strips_per_task);
@@ -303,14 +346,16 @@ ort::Status* Fill(Kernel* kernel, const ort::KernelInfo* info) {
   kernel->kernels = BestKernels(&error);
   if (kernel->kernels == nullptr) return kernel->api->CreateStatus(ort::kInvalidArgument, error);
   if (auto* status = ReadAttributes(kernel->api, info, &kernel->attributes)) return status;
-  return TakeConstantWeight(kernel, info);
+  return TakeConstantWeights(kernel, info);
 }
 
+template <int count>
 ort::Status* BLOCKPRESS_ORT_CALL CreateKernel(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info,
                                               void** result) {
   auto* kernel = new (std::nothrow) Kernel{};
   if (kernel == nullptr) return api->CreateStatus(ort::kFail, "SparseMatMul: out of memory");
   kernel->api = api;
+  kernel->weights.count = count;
   if (auto* status = Fill(kernel, info)) {
     delete kernel;
     return status;
@@ -323,20 +368,23 @@ void BLOCKPRESS_ORT_CALL DestroyKernel(void* self) { delete static_cast<Kernel*>
 
 // The values have five types: "undefined" takes any, and the checks are those above.
 ort::ElementType BLOCKPRESS_ORT_CALL InputType(const ort::CustomOp*, size_t index) {
-  constexpr ort::ElementType kTypes[kInputs] = {ort::kFloat, ort::kUint8, ort::kUndefined,
-                                                ort::kInt64, ort::kFloat, ort::kFloat};
-  return kTypes[index];
+  constexpr ort::ElementType kTypes[kWeightInputs] = {ort::kUint8, ort::kUndefined, ort::kInt64, ort::kFloat,
+                                                      ort::kFloat};
+  return index == 0 ? ort::kFloat : kTypes[(index - 1) % kWeightInputs];
 }
 
-constexpr ort::CustomOp MakeSparseMatMul() {
+constexpr const char* kOperators[kMostWeights] = {"SparseMatMul", "SparseMatMul2", "SparseMatMul3"};
+
+// The operator that multiplies x by `count` weights.
+template <int count> constexpr ort::CustomOp MakeOperator() {
   ort::CustomOp op{};
   op.version = ort::kApiVersion;
-  op.GetName = [](const ort::CustomOp*) -> const char* { return "SparseMatMul"; };
+  op.GetName = [](const ort::CustomOp*) -> const char* { return kOperators[count - 1]; };
   op.GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return "CPUExecutionProvider"; };
   op.GetInputType = &InputType;
-  op.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return kInputs; };
+  op.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return InputIndex(count, 0); };
   op.GetOutputType = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
-  op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
+  op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return count; };
   op.KernelDestroy = &DestroyKernel;
   op.GetInputCharacteristic = [](const ort::CustomOp*, size_t) { return 0; };
   op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return 0; };
@@ -345,7 +393,7 @@ constexpr ort::CustomOp MakeSparseMatMul() {
   op.GetVariadicInputHomogeneity = [](const ort::CustomOp*) { return 1; };
   op.GetVariadicOutputMinArity = [](const ort::CustomOp*) { return 1; };
   op.GetVariadicOutputHomogeneity = [](const ort::CustomOp*) { return 1; };
-  op.CreateKernelV2 = &CreateKernel;
+  op.CreateKernelV2 = &CreateKernel<count>;
   op.KernelComputeV2 = &Compute;
   op.GetStartVersion = [](const ort::CustomOp*) { return 1; };
   op.GetEndVersion = [](const ort::CustomOp*) { return INT_MAX; };
@@ -354,6 +402,6 @@ constexpr ort::CustomOp MakeSparseMatMul() {
 
 } // namespace
 
-extern const ort::CustomOp kSparseMatMul = MakeSparseMatMul();
+extern const ort::CustomOp kSparseMatMul[kOperatorCount] = {MakeOperator<1>(), MakeOperator<2>(), MakeOperator<3>()};
 
 } // namespace blockpress

@@ -33,6 +33,7 @@ struct Weight {
   const float* bias;
   bool bias_per_row; // false where one bias holds for every row
 
+  int64_t strips() const { return (rows + kStripRows - 1) / kStripRows; }
   int64_t pieces() const { return (columns + kPieceColumns - 1) / kPieceColumns; }
   int64_t mask_row_bytes() const { return (columns + 7) / 8; }
   const float* row_scales(int64_t row) const { return scales + row * scales_per_row; }

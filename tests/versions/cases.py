@@ -1,4 +1,4 @@
-"""Models of one SparseMatMul for check.py: good ones with the right numbers, and broken ones with the message."""
+"""Models of one operator each for check.py: good ones with the right numbers, and broken ones with the message."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from runtime_samples import (
     attributes_of,
     exact_product,
     model_of,
+    model_of_several,
     random_packed,
     rounded_rows,
     tensors_of,
@@ -26,6 +27,8 @@ def write_cases(folder: Path) -> None:
         for bits in (32, 8) if dtype in ("int8", "int4") else (32,):
             for rows, columns in SHAPES:
                 _write_good(folder, f"good-{dtype}-{bits}-{columns}", dtype, bits, rows, columns)
+    for count in (2, 3):
+        _write_several(folder, count)
     packed = random_packed(20, 70, "int8")
     broken = {
         "offset": ("offsets", "offsets[1] must be"),
@@ -57,7 +60,26 @@ def _write_good(folder: Path, name: str, dtype: str, bits: int, rows: int, colum
             move_out(tensors, folder / f"{name}.data")
         model = model_of(tensors, attributes_of(packed, bits), rank=3)
         (folder / f"{name}-{place}.onnx").write_bytes(model.SerializeToString())
-        np.savez(folder / f"{name}-{place}.npz", x=x, y=y, terms=terms)
+        np.savez(folder / f"{name}-{place}.npz", x=x, y1=y, terms1=terms)
+
+
+def _write_several(folder: Path, count: int) -> None:
+    """Several weights in one operator."""
+    weights = [random_packed(20 + number, 130, "int8", seed=number) for number in range(count)]
+    random = np.random.default_rng(3)
+    x = random.standard_normal((6, 130)).astype(np.float32)
+    biases = [random.standard_normal(packed.rows).astype(np.float32) for packed in weights]
+    biased = list(zip(weights, biases, strict=True))
+    integers, step = rounded_rows(x)
+    used = integers * step.astype(np.float64)
+    exact = [exact_product(used, packed, bias) for packed, bias in biased]
+    tensors = [tensors_of(packed, bias) for packed, bias in biased]
+    model = model_of_several(tensors, attributes_of(weights[0], 8))
+    (folder / f"good-several-{count}.onnx").write_bytes(model.SerializeToString())
+    arrays = {"x": x}
+    for number, (y, terms) in enumerate(exact, 1):
+        arrays |= {f"y{number}": y, f"terms{number}": terms}
+    np.savez(folder / f"good-several-{count}.npz", allow_pickle=False, **arrays)
 
 
 def move_out(tensors: dict[str, onnx.TensorProto], path: Path) -> None:

@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto
 
 from exporters.fragments import dtype_name, tensor_bytes
-from exporters.packed_function import DOMAIN, OPERATOR
+from exporters.packed_function import WEIGHT_INPUTS, is_packed_product, weight_inputs
 from exporters.packed_read import PackedTensor
 from exporters.read import OnnxFile
 from exporters.stored import SparseTensor, StoredTensor
@@ -61,14 +61,13 @@ def contents_of(model: OnnxFile) -> Contents:
         for place, name in enumerate(node.input):
             consumers[name].append((node, place))
     data_files = tuple(sorted({path for tensor in model.tensors for path in tensor.data_files}))
-    packed = [node for node in graph.node if _is_packed(node)]
     makers = {name: node for node in graph.node if node.op_type in _SAME_WEIGHT for name in node.output}
     products = [node for node in graph.node if _has_weight(node, constants, makers)]
     return Contents(
         path=model.path,
         form=_form(graph.node, constants),
-        packed_products=len(packed),
-        products=len(products),
+        packed_products=sum(len(node.output) for node in filter(is_packed_product, graph.node)),
+        products=sum(len(node.output) if is_packed_product(node) else 1 for node in products),
         float_products=sum(node.op_type in _FLOAT_PRODUCTS for node in products),
         file_bytes=sum(path.stat().st_size for path in (model.path, *data_files)),
         data_files=data_files,
@@ -79,10 +78,6 @@ def contents_of(model: OnnxFile) -> Contents:
 def _parts(tensor: StoredTensor) -> Sequence[StoredTensor]:
     """What ONNX Runtime has as constants: a packed weight is several."""
     return tensor.parts if isinstance(tensor, PackedTensor) else (tensor,)
-
-
-def _is_packed(node: onnx.NodeProto) -> bool:
-    return bool(node.domain == DOMAIN and node.op_type == OPERATOR)
 
 
 def _form(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, StoredTensor]) -> str:
@@ -110,10 +105,12 @@ def _form(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, StoredTensor]
 
 def _told_by(node: onnx.NodeProto, constants: Mapping[str, StoredTensor]) -> list[tuple[int, str]]:
     """Inputs of a node whose operator says what form they have."""
-    if _is_packed(node) and len(node.input) > 2:
-        values = constants.get(node.input[2])
-        kind = "int4" if values is None or values.dtype == TensorProto.UINT8 else dtype_name(values.dtype)
-        return [(1, f"sparse-{kind}"), (2, f"sparse-{kind}")]
+    if is_packed_product(node):
+        return [
+            told
+            for number in range(len(weight_inputs(node)))
+            for told in _told_by_packed(node, number, constants)
+        ]
     if node.op_type == "MatMulNBits":
         bits = next((attribute.i for attribute in node.attribute if attribute.name == "bits"), 4)
         return [(1, f"dense-int{bits}")]
@@ -122,11 +119,23 @@ def _told_by(node: onnx.NodeProto, constants: Mapping[str, StoredTensor]) -> lis
     return []
 
 
+def _told_by_packed(
+    node: onnx.NodeProto, number: int, constants: Mapping[str, StoredTensor]
+) -> list[tuple[int, str]]:
+    """The places of mask and values of one of the node's weights, and their form."""
+    mask = 1 + number * len(WEIGHT_INPUTS)
+    if len(node.input) <= mask + 1:
+        return []
+    values = constants.get(node.input[mask + 1])
+    kind = "int4" if values is None or values.dtype == TensorProto.UINT8 else dtype_name(values.dtype)
+    return [(mask, f"sparse-{kind}"), (mask + 1, f"sparse-{kind}")]
+
+
 def _has_weight(
     node: onnx.NodeProto, constants: Mapping[str, StoredTensor], makers: Mapping[str, onnx.NodeProto]
 ) -> bool:
     """Whether the node multiplies by a constant matrix, which may be cast or transposed first."""
-    if _is_packed(node) or node.op_type == "MatMulNBits":
+    if is_packed_product(node) or node.op_type == "MatMulNBits":
         return True
     if node.op_type not in _FLOAT_PRODUCTS | _INTEGER_PRODUCTS:
         return False
