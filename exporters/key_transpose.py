@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from exporters.pattern import constant, only_user, producer, remove_unused
+
 __all__ = ["simplify_key_transposes"]
 
 _SWAP_IN_THREE, _SWAP_IN_FOUR = [0, 2, 1], [0, 1, 3, 2]
@@ -22,7 +24,7 @@ def simplify_key_transposes(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type != "Transpose" or list(node.attributes["perm"].as_ints()) != _SWAP_IN_THREE:
             continue
-        last = _only_user(node)
+        last = only_user(node)
         if last is not None:
             keys = _swapped_value(node, last)
             if keys is not None:
@@ -31,17 +33,17 @@ def simplify_key_transposes(graph: ir.Graph) -> None:
 
 def _swapped_value(transpose: ir.Node, last: ir.Node) -> ir.Value | None:
     """The value whose last two axes the transpose, and the reshapes around it, swap; none if that is not certain."""
-    first = _producer(transpose.inputs[0], "Reshape")
+    first = producer(transpose.inputs[0], "Reshape")
     if first is None or last.op_type != "Reshape":
         return None
     keys = first.inputs[0]
     if keys is None or keys.shape is None or len(keys.shape) != 4:
         return None
-    flat, back = _producer(first.inputs[1], "Concat"), _producer(last.inputs[1], "Concat")
+    flat, back = producer(first.inputs[1], "Concat"), producer(last.inputs[1], "Concat")
     if flat is None or back is None or len(flat.inputs) != 3 or len(back.inputs) != 3:
         return None
     rows, columns = (-2, -1), (-1, _HIGHEST)
-    if _constant(flat.inputs[0]) != [-1] or not _are_sizes(keys, flat.inputs[1:], (rows, columns)):
+    if constant(flat.inputs[0]) != [-1] or not _are_sizes(keys, flat.inputs[1:], (rows, columns)):
         return None
     return keys if _are_sizes(keys, back.inputs, ((_LOWEST, -2), columns, rows)) else None
 
@@ -49,11 +51,11 @@ def _swapped_value(transpose: ir.Node, last: ir.Node) -> ir.Value | None:
 def _are_sizes(value: ir.Value, sizes: Sequence[ir.Value | None], slices: Sequence[tuple[int, int]]) -> bool:
     """Whether each of ``sizes`` is that slice of the value's shape."""
     for size, (start, end) in zip(sizes, slices, strict=True):
-        node = _producer(size, "Slice")
-        shape = None if node is None else _producer(node.inputs[0], "Shape")
+        node = producer(size, "Slice")
+        shape = None if node is None else producer(node.inputs[0], "Shape")
         if node is None or shape is None or shape.inputs[0] is not value or not _is_whole(shape):
             return False
-        if [_constant(bound) for bound in node.inputs[1:]] not in ([[start], [end]], [[start], [end], [0]]):
+        if [constant(bound) for bound in node.inputs[1:]] not in ([[start], [end]], [[start], [end], [0]]):
             return False
     return True
 
@@ -76,34 +78,4 @@ def _swap(graph: ir.Graph, keys: ir.Value, last: ir.Node) -> None:
     )
     for use in list(old.uses()):
         use.node.replace_input_with(use.idx, output)
-    _remove_unused(graph, last)
-
-
-def _remove_unused(graph: ir.Graph, node: ir.Node) -> None:
-    """Remove the node, and what then has no use either, if nothing uses it."""
-    if any(value.uses() or value.is_graph_output() for value in node.outputs):
-        return
-    inputs = dict.fromkeys(value for value in node.inputs if value is not None)
-    graph.remove(node, safe=True)
-    for value in inputs:
-        producer = value.producer()
-        if producer is not None:
-            _remove_unused(graph, producer)
-        elif value.name is not None and value.name in graph.initializers and not value.uses():
-            del graph.initializers[value.name]
-
-
-def _only_user(node: ir.Node) -> ir.Node | None:
-    users = list(node.outputs[0].uses())
-    return users[0].node if len(users) == 1 and not node.outputs[0].is_graph_output() else None
-
-
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op_type else None
-
-
-def _constant(value: ir.Value | None) -> list[int] | None:
-    if value is None or value.const_value is None:
-        return None
-    return [int(number) for number in value.const_value.numpy().reshape(-1)]
+    remove_unused(graph, last)

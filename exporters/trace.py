@@ -28,6 +28,8 @@ from exporters.example import ExampleSizes, example_inputs
 from exporters.key_transpose import simplify_key_transposes
 from exporters.parts import ModelParts
 from exporters.probe import BlockCall, replaced_blocks
+from exporters.rms_norm import simplify_rms_norms
+from exporters.rotary import simplify_rotary_embeddings
 from exporters.template import Template
 
 __all__ = ["TracedBlock", "TracedModel", "trace_model"]
@@ -85,6 +87,8 @@ def trace_model(
     model = _traced(parts, templates, inputs, axes, opset)
     widen_bfloat16(model.graph)
     simplify_key_transposes(model.graph)
+    simplify_rms_norms(model.graph)
+    simplify_rotary_embeddings(model.graph)
     return _named_model(model, inputs, len(templates))
 
 
