@@ -5,6 +5,7 @@ keeps one copy of identical weights, which would make a model of copies look sma
 
     python bench/random_model.py /tmp/random-300m --parameters 300M --hidden 1024 --vocabulary 32000
     python bench/random_model.py /tmp/random --layers 24 --hidden 1024 --vocabulary 32000
+    python bench/random_model.py /tmp/random-experts --layers 6 --hidden 512 --experts 8
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ def number_of(value: str) -> int:
 @click.option("--layers", type=click.IntRange(min=1), help="In place of --parameters.")
 @click.option("--hidden", type=click.IntRange(min=HEAD_DIM), default=1024, show_default=True)
 @click.option("--kv-heads", type=click.IntRange(min=1), help="Key heads; as many as heads by default.")
+@click.option("--experts", type=click.IntRange(min=2), help="Of a Mixtral; needs --layers.")
 @click.option("--vocabulary", type=click.IntRange(min=2048), default=32000, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32")
 def main(
@@ -141,13 +143,16 @@ def main(
     layers: int | None,
     hidden: int,
     kv_heads: int | None,
+    experts: int | None,
     vocabulary: int,
     dtype: str,
 ) -> None:
     if (parameters is None) == (layers is None):
         raise click.UsageError("give one of --parameters and --layers")
+    if experts and layers is None:
+        raise click.UsageError("--experts needs --layers")
     depth = layers or layers_for(parameters or 0, hidden, vocabulary, kv_heads)
-    config = model_config(depth, hidden, dtype, vocabulary, kv_heads)
+    config = model_config(depth, hidden, dtype, vocabulary, kv_heads, experts or 0)
     folder.mkdir(parents=True, exist_ok=True)
     size = write_model(folder, config)
     weights = size // getattr(torch, dtype).itemsize

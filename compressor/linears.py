@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from compressor.errors import UsageError
 from compressor.sparsity import Mask
 
-__all__ = ["IgnoreRules", "PrunableMatrix", "observe_inputs", "prunable_matrices"]
+__all__ = [
+    "IgnoreRules",
+    "PrunableMatrix",
+    "expert_activations",
+    "is_fused_experts",
+    "observe_inputs",
+    "prunable_matrices",
+]
 
 # Never pruned in any case, so that naming them asks for nothing and is no mistake either.
 _NEVER_PRUNED = ("lm_head", "embed_tokens")
@@ -192,13 +199,13 @@ def _experts_hook(matrices: Sequence[PrunableMatrix], receive: Callable[[str, Te
                     continue
                 for matrix in own:
                     enters_first = matrix.parameter.endswith("gate_up_proj")
-                    receive(matrix.name, X if enters_first else _between(module, expert, X))
+                    receive(matrix.name, X if enters_first else expert_activations(module, expert, X))
 
     return hook
 
 
-def _between(experts: Any, expert: int, X: Tensor) -> Tensor:
-    """act(gate x) ⊙ (up x), (n, intermediate), of one expert."""
+def expert_activations(experts: Any, expert: int, X: Tensor) -> Tensor:
+    """act(gate x) ⊙ (up x), (n, intermediate), of one expert: what enters its down projection."""
     gate, up = nn.functional.linear(X, experts.gate_up_proj[expert]).chunk(2, dim=-1)
     product: Tensor = experts.act_fn(gate) * up
     return product

@@ -6,7 +6,7 @@ unpacked in strips of bounded size, anew in each call, so that it takes little m
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import onnx
 from onnx import TensorProto
@@ -18,6 +18,7 @@ OPERATOR = "SparseMatMul"
 # The inputs of each weight; those of an operator with several weights follow one another behind x.
 WEIGHT_INPUTS = ("mask", "values", "offsets", "scales", "bias")
 MOST_WEIGHTS = 3
+EXPERT_OPERATOR = "SparseExpertMatMul"
 DOMAIN_VERSION = 1
 STRIP_ELEMENTS = 2**19  # weights that are unpacked at a time: about 30 bytes each while they are
 _MIN_OPSET = 18  # BitwiseAnd, and the axes of ReduceMax as an input
@@ -179,6 +180,26 @@ _SCALING_GROUPS = """
 
 _ATTRIBUTES = ("columns", "group_size", "activation_bits", "format_version")
 
+_EXPERTS = """
+  zero = Constant <value = int64[1] {{0}}> ()
+  one = Constant <value = int64[1] {{1}}> ()
+  of_all = {domain}.{operator} <{passed}> (x, {given})
+  N_scalar = Constant <value_int: int = @expert_rows> ()
+  N = Unsqueeze (N_scalar, zero)
+  all_rows = Shape <start = 0, end = 1> (mask)
+  E = Div (all_rows, N)
+  T_scalar = Size (experts)
+  T = Unsqueeze (T_scalar, zero)
+  expert_shape = Concat <axis = 0> (T, E, N)
+  by_expert = Reshape <allowzero = 1> (of_all, expert_shape)
+  column = Concat <axis = 0> (T, one)
+  chosen = Reshape <allowzero = 1> (experts, column)
+  y_rows = GatherND <batch_dims = 1> (by_expert, chosen)
+  leading = Shape (experts)
+  y_shape = Concat <axis = 0> (leading, N)
+  y = Reshape <allowzero = 1> (y_rows, y_shape)
+"""
+
 
 def operator_name(weights: int) -> str:
     """The operator that multiplies x by 1 to MOST_WEIGHTS weights."""
@@ -187,36 +208,80 @@ def operator_name(weights: int) -> str:
 
 def is_packed_product(node: onnx.NodeProto) -> bool:
     """Whether the node is one of these operators."""
-    return node.domain == DOMAIN and node.op_type in map(operator_name, range(1, MOST_WEIGHTS + 1))
+    return node.domain == DOMAIN and (
+        is_expert_product(node) or node.op_type in map(operator_name, range(1, MOST_WEIGHTS + 1))
+    )
+
+
+def is_expert_product(node: onnx.NodeProto) -> bool:
+    """Whether the node is the operator of experts, whose second input says which one each row of x goes to."""
+    return bool(node.domain == DOMAIN and node.op_type == EXPERT_OPERATOR)
+
+
+def first_weight_input(node: onnx.NodeProto) -> int:
+    """The place of the first weight's first input in one of these operators."""
+    return 2 if is_expert_product(node) else 1
 
 
 def weight_inputs(node: onnx.NodeProto) -> list[list[str]]:
     """The names of each weight's inputs, in the order of WEIGHT_INPUTS; the last may lack some in a broken file."""
-    inputs = list(node.input[1:])
+    inputs = list(node.input[first_weight_input(node) :])
     return [inputs[start : start + len(WEIGHT_INPUTS)] for start in range(0, len(inputs), len(WEIGHT_INPUTS))]
 
 
 def fallback_functions(
-    weights: Collection[int], *, int4: bool, group_size: int, activation_bits: int, opset: int
+    operators: Collection[str], *, int4: bool, group_size: int, activation_bits: int, opset: int
 ) -> list[onnx.FunctionProto]:
-    """The operators with that many weights each, and ``fallback_function``, which they call."""
-    one = fallback_function(int4=int4, group_size=group_size, activation_bits=activation_bits, opset=opset)
-    return [one, *(_several(count, max(opset, _MIN_OPSET)) for count in sorted(weights) if count > 1)]
+    """``fallback_function``, and those of the other ``operators``, which call it."""
+    functions = [
+        fallback_function(int4=int4, group_size=group_size, activation_bits=activation_bits, opset=opset)
+    ]
+    own_opset = max(opset, _MIN_OPSET)
+    for weights in range(2, MOST_WEIGHTS + 1):
+        if operator_name(weights) in operators:
+            functions.append(_several(weights, own_opset))
+    if EXPERT_OPERATOR in operators:
+        functions.append(_of_experts(own_opset))
+    return functions
 
 
 def _several(weights: int, opset: int) -> onnx.FunctionProto:
     """The operator with several weights as that with one, for each of them."""
     numbers = range(1, weights + 1)
     given = {number: ", ".join(f"{name}{number}" for name in WEIGHT_INPUTS) for number in numbers}
-    passed = ", ".join(f"{name}: int = @{name}" for name in _ATTRIBUTES)
-    products = "\n".join(f"  y{n} = {DOMAIN}.{OPERATOR} <{passed}> (x, {given[n]})" for n in numbers)
-    outputs = ", ".join(f"y{number}" for number in numbers)
+    products = [f"  y{n} = {DOMAIN}.{OPERATOR} <{_passed()}> (x, {given[n]})" for n in numbers]
+    return _calling_function(
+        operator_name(weights),
+        _ATTRIBUTES,
+        ["x", *given.values()],
+        [f"y{number}" for number in numbers],
+        "\n".join(products),
+        opset,
+    )
+
+
+def _of_experts(opset: int) -> onnx.FunctionProto:
+    """The operator of experts as the product with all of them, of which each row's own is taken."""
+    given = ", ".join(WEIGHT_INPUTS)
+    body = _EXPERTS.format(domain=DOMAIN, operator=OPERATOR, passed=_passed(), given=given)
+    attributes = (*_ATTRIBUTES, "expert_rows")
+    return _calling_function(EXPERT_OPERATOR, attributes, ["x", "experts", given], ["y"], body, opset)
+
+
+def _passed() -> str:
+    return ", ".join(f"{name}: int = @{name}" for name in _ATTRIBUTES)
+
+
+def _calling_function(
+    name: str, attributes: Sequence[str], inputs: Sequence[str], outputs: Sequence[str], body: str, opset: int
+) -> onnx.FunctionProto:
+    """A function of the domain that calls another one of it."""
     function: onnx.FunctionProto = onnx.parser.parse_function(
         f"""<domain: "{DOMAIN}", opset_import: ["": {opset}, "{DOMAIN}": {DOMAIN_VERSION}]>
-{operator_name(weights)} <{", ".join(_ATTRIBUTES)}>
-(x, {", ".join(given.values())}) => ({outputs})
+{name} <{", ".join(attributes)}>
+({", ".join(inputs)}) => ({", ".join(outputs)})
 {{
-{products}
+{body}
 }}
 """
     )

@@ -1,8 +1,8 @@
 """A graph whose sparse weights are packed, and whose quantised ones are stored as integers.
 
 The last step before the file is written: it changes the nodes that use those weights, and gives the writer the
-tensors of the packed format in the place of the weights. What cannot be packed (experts fused into one parameter of
-three axes) stays as it is.
+tensors of the packed format in the place of the weights. Experts fused into one parameter of three axes are packed as
+one matrix, one expert's rows below the other's. What cannot be packed stays as it is.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from exporters.encoding import TensorCensus, census_of_mask, encoding_bytes
 from exporters.errors import ExportError
 from exporters.fragments import dtype_name, tensor_bytes
+from exporters.graph_nodes import used_nodes
 from exporters.graph_weights import GraphWeight
 from exporters.manifest import TensorRow
 from exporters.masks import nonzero_mask
@@ -30,11 +31,14 @@ from exporters.packed_nodes import (
     OFFSETS,
     SCALES,
     VALUES,
+    ExpertProduct,
     Lookup,
+    PackedForm,
     PackedProduct,
     Product,
     int8_lookup,
     int8_product,
+    packed_experts,
     packed_products,
     shared_constants,
 )
@@ -49,7 +53,7 @@ _INT4_TYPE, _INT8_TYPE = int(TensorProto.INT4), int(TensorProto.INT8)
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight that is packed: its census as (N, K), whether its parameter lies the other way, its scales."""
+    """A weight that is packed: its census, whether its parameter lies the other way, its scales."""
 
     census: TensorCensus
     transposed: bool
@@ -171,6 +175,7 @@ class _Packing:
         for node in proto.graph.node:
             for position, value in enumerate(node.input):
                 self._consumers[value].append((node, position))
+        self._constants = {constant.name: constant for constant in proto.graph.initializer}
         self._replaced: dict[int, list[onnx.NodeProto]] = {}  # by id of the node that they stand for
         self._weights: list[GraphWeight] = []
         self._packed: dict[str, PackedWeight] = {}
@@ -185,15 +190,14 @@ class _Packing:
         if quantized is None and not (is_pruned and weight.dtype in _FLOATS):
             self._weights.append(weight)
             return
-        products, lookups, between = self._uses(weight)
+        uses = self._uses(weight)
         taken = False
-        if products or lookups:
-            if not lookups and not between.transposed:
-                taken = self._add_packed(weight, products, quantized, is_pruned)
-            if not taken and quantized is not None:
-                taken = self._add_int8(weight, products, lookups, quantized)
+        if uses.products or uses.experts:
+            taken = self._add_packed(weight, uses, quantized, is_pruned)
+        if not taken and quantized is not None and (uses.products or uses.lookups):
+            taken = self._add_int8(weight, uses.products, uses.lookups, quantized)
         if taken:
-            for node in between.nodes:
+            for node in uses.between:
                 self._replaced[id(node)] = []
         else:
             self._weights.append(weight)
@@ -202,9 +206,10 @@ class _Packing:
     def finish(self) -> PackedGraph:
         """The graph with all changes."""
         graph = self._proto.graph
-        several = self._place_products()
+        self._place_products()
         nodes = [new for node in graph.node for new in self._replaced.get(id(node), [node])]
         if self._replaced:
+            nodes = used_nodes(nodes, graph)
             nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
             del graph.node[:]
             graph.node.extend(nodes)
@@ -217,15 +222,16 @@ class _Packing:
                 raise ValueError(f"packed weights of several kinds in one model: {sorted(kinds)}")
             int4, group_size = next(iter(kinds))
             self._proto.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+            operators = {node.op_type for node in nodes if node.domain == DOMAIN}
             self._proto.functions.extend(
                 fallback_functions(
-                    several, int4=int4, group_size=group_size, activation_bits=self._bits, opset=opset
+                    operators, int4=int4, group_size=group_size, activation_bits=self._bits, opset=opset
                 )
             )
         return PackedGraph(self._proto, self._weights, self._packed, self._shifted, tuple(self._left))
 
-    def _place_products(self) -> set[int]:
-        """Put operators in the place of packed products; returns how many weights they have.
+    def _place_products(self) -> None:
+        """Put operators in the place of packed products.
 
         Products of the same input become one operator where the first of them stands, which has then all that the
         others need: the operator rounds its input once, and wakes the other threads once.
@@ -246,44 +252,87 @@ class _Packing:
             for packed in group:
                 self._replaced[id(packed.product.node)] = nodes
                 nodes = []
-        return {len(group) for group in groups}
 
-    def _uses(self, weight: GraphWeight) -> tuple[list[Product], list[Lookup], _Between]:
-        """Products with the weight and look-ups in it; both empty where it is used otherwise as well."""
-        products, lookups, between = [], [], _Between([], False)
+    def _uses(self, weight: GraphWeight) -> _Uses:
+        """What is made of the weight; nothing where it is used otherwise as well."""
+        uses = _Uses()
         pending = [(weight.name, False)]
         while pending:
             value, swapped = pending.pop()
             for node, position in self._consumers[value]:
                 if node.op_type == "Cast" and position == 0:
-                    between.nodes.append(node)
+                    uses.between.append(node)
                     pending.append((node.output[0], swapped))
                 elif node.op_type == "Transpose" and _attribute(node, "perm") == [1, 0] and not swapped:
-                    between = _Between([*between.nodes, node], True)
+                    uses.between.append(node)
+                    uses.transposed = True
                     pending.append((node.output[0], True))
                 elif (product := _product(node, position, swapped)) is not None:
-                    products.append(product)
+                    uses.products.append(product)
+                elif position == 0 and (of_experts := self._expert_product(node)) is not None:
+                    uses.experts.append(of_experts)
                 elif (
                     node.op_type == "Gather"
                     and position == 0
                     and not swapped
                     and not _attribute(node, "axis")
                 ):
-                    lookups.append(Lookup(node, node.input[1], node.output[0], _name(node)))
+                    uses.lookups.append(Lookup(node, node.input[1], node.output[0], _name(node)))
                 else:
-                    return [], [], between
-        return products, lookups, between
+                    return _Uses()
+        return uses
+
+    def _expert_product(self, gather: onnx.NodeProto) -> ExpertProduct | None:
+        """The product of each row with the matrix that ``gather`` takes for it out of those of all experts.
+
+        As the exporter writes it: the matrices (T, N, K) times x (T, K, 1), whose last axis is taken away again.
+        """
+        experts = self._chosen_experts(gather)
+        product = self._only_user(gather, "MatMul")
+        if experts is None or product is None or product.input[0] != gather.output[0]:
+            return None
+        column, squeeze = self._producers.get(product.input[1]), self._only_user(product, "Squeeze")
+        if column is None or column.op_type != "Unsqueeze" or squeeze is None:
+            return None
+        if not self._is_last_of_three(column) or not self._is_last_of_three(squeeze):
+            return None
+        nodes = (gather, product, squeeze)
+        return ExpertProduct(nodes, column.input[0], experts, squeeze.output[0], _name(product))
+
+    def _chosen_experts(self, gather: onnx.NodeProto) -> str | None:
+        """The numbers (T,) of the matrices that the node takes."""
+        if gather.op_type == "Gather" and not _attribute(gather, "axis"):
+            return str(gather.input[1])
+        if gather.op_type != "GatherND" or _attribute(gather, "batch_dims"):
+            return None
+        column = self._producers.get(gather.input[1])
+        if column is None or column.op_type != "Unsqueeze" or self._axes(column) not in ([-1], [1]):
+            return None
+        return str(column.input[0])
+
+    def _only_user(self, node: onnx.NodeProto, op_type: str) -> onnx.NodeProto | None:
+        """The only node that uses the node's output, if it is one of this type."""
+        users = self._consumers[node.output[0]]
+        outputs = {value.name for value in self._proto.graph.output}
+        alone = len(users) == 1 and node.output[0] not in outputs
+        return users[0][0] if alone and users[0][0].op_type == op_type else None
+
+    def _is_last_of_three(self, node: onnx.NodeProto) -> bool:
+        return self._axes(node) in ([-1], [2])
+
+    def _axes(self, node: onnx.NodeProto) -> list[int] | None:
+        """The axes, a constant of the graph, of a Squeeze or an Unsqueeze."""
+        constant = self._constants.get(node.input[1]) if len(node.input) > 1 else None
+        return (
+            None if constant is None else [int(axis) for axis in numpy_helper.to_array(constant).reshape(-1)]
+        )
 
     def _add_packed(
-        self,
-        weight: GraphWeight,
-        products: Sequence[Product],
-        quantized: QuantizedWeight | None,
-        is_pruned: bool,
+        self, weight: GraphWeight, uses: _Uses, quantized: QuantizedWeight | None, is_pruned: bool
     ) -> bool:
-        """Pack the weight if that is smaller; whether it was."""
-        rows_first = products[0].rows_first
-        if len(weight.shape) != 2 or any(product.rows_first != rows_first for product in products):
+        """Pack the weight if that can be, and is smaller; whether it was."""
+        rows_first = uses.products[0].rows_first if uses.products else True
+        if not uses.fit(weight.shape) or any(product.rows_first != rows_first for product in uses.products):
             return False
 
         def numbers() -> NDArray[np.generic]:
@@ -293,26 +342,34 @@ class _Packing:
         int4 = quantized is not None and quantized.bits == 4
         kept = nonzero_mask(numbers())
         stored_type = weight.dtype if quantized is None else _INT4_TYPE if int4 else _INT8_TYPE
-        census = census_of_mask(weight.name, stored_type, kept)
+        full_shape = weight.shape if uses.experts else kept.shape
+        census = census_of_mask(weight.name, stored_type, kept.reshape(full_shape))
         elements = value_elements(kept, int4=int4)
         value_type = int(TensorProto.UINT8) if int4 else stored_type
         value_bytes = tensor_bytes((1,), value_type)
         packed_bytes = -(-kept.shape[1] // 8) * len(kept) + elements * value_bytes
-        if not int4 and packed_bytes >= tensor_bytes(kept.shape, stored_type):
+        # Integers of experts have no other form than packed.
+        dense_bytes = tensor_bytes(kept.shape, stored_type)
+        if packed_bytes >= dense_bytes and not int4 and (quantized is None or not uses.experts):
             return False
         self._packed[weight.name] = PackedWeight(
             census, weight.transposed == rows_first, is_pruned, quantized
         )
         self._add_parts(weight, kept.shape, value_type, elements, numbers, int4)
-        for product in products:
-            self._products[id(product.node)] = PackedProduct(
-                product,
-                weight.name,
-                columns=kept.shape[1],
-                group_size=0 if quantized is None else quantized.group_size,
-                scaled=quantized is not None,
-                float_type=TensorProto.FLOAT16 if weight.dtype == TensorProto.FLOAT16 else TensorProto.FLOAT,
-            )
+        form = PackedForm(
+            weight.name,
+            rows=full_shape[-2],
+            columns=full_shape[-1],
+            group_size=0 if quantized is None else quantized.group_size,
+            scaled=quantized is not None,
+            float_type=TensorProto.FLOAT16 if weight.dtype == TensorProto.FLOAT16 else TensorProto.FLOAT,
+        )
+        for product in uses.products:
+            self._products[id(product.node)] = PackedProduct(product, form)
+        for of_experts in uses.experts:
+            gather, product, squeeze = of_experts.nodes
+            self._replaced |= {id(gather): [], id(squeeze): []}
+            self._replaced[id(product)] = packed_experts(of_experts, form, self._bits)
         return True
 
     def _add_parts(
@@ -388,12 +445,24 @@ class _Packing:
         )
 
 
-@dataclass(frozen=True)
-class _Between:
-    """Nodes between a weight and the products with it, and whether a Transpose is among them."""
+@dataclass
+class _Uses:
+    """What a graph makes of a weight, the nodes between, and whether a Transpose is among them."""
 
-    nodes: list[onnx.NodeProto]
-    transposed: bool
+    products: list[Product] = field(default_factory=list)
+    experts: list[ExpertProduct] = field(default_factory=list)
+    lookups: list[Lookup] = field(default_factory=list)
+    between: list[onnx.NodeProto] = field(default_factory=list)
+    transposed: bool = False
+
+    def fit(self, shape: tuple[int, ...]) -> bool:
+        """Whether a packed weight of the shape can take the weight's place in all of them."""
+        if self.lookups or self.transposed:
+            return False
+        if not self.experts:
+            return len(shape) == 2
+        # Each expert begins with a strip of its own.
+        return len(shape) == 3 and not self.products and shape[1] % STRIP_ROWS == 0
 
 
 class _LastPacked:
@@ -439,8 +508,10 @@ def _product(node: onnx.NodeProto, position: int, swapped: bool) -> Product | No
 
 
 def _matrix(weight: GraphWeight, rows_first: bool) -> NDArray[np.generic]:
-    """The weight as (N, K)."""
+    """The weight as (N, K); of experts (E N, K)."""
     W = weight.load()
+    if W.ndim == 3:
+        return np.ascontiguousarray(W.reshape(-1, W.shape[2]))
     return np.ascontiguousarray(W if rows_first else W.T)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from exporters.packed_function import DOMAIN, MOST_WEIGHTS, operator_name
+from exporters.packed_function import DOMAIN, EXPERT_OPERATOR, MOST_WEIGHTS, operator_name
 from exporters.packing import FORMAT_VERSION
 
 MASK, VALUES, OFFSETS, SCALES = ".mask", ".values", ".offsets", ".scales"
@@ -43,29 +43,70 @@ class Product:
 
 
 @dataclass(frozen=True)
-class PackedProduct:
-    """A product whose weight is packed.
+class ExpertProduct:
+    """Rows of x, each times the matrix of the expert that it goes to: ``output[t] = W[experts[t]] · x[t]``.
 
     Attributes:
-        product: The product.
-        weight: Name of the weight.
+        nodes: Those that make it: the choice of the matrices, the product, the removal of its last axis.
+        x: (T, K).
+        experts: (T,) int64.
+        output: (T, N).
+        name: Of the product's node.
+    """
+
+    nodes: tuple[NodeProto, NodeProto, NodeProto]
+    x: str
+    experts: str
+    output: str
+    name: str
+
+
+@dataclass(frozen=True)
+class PackedForm:
+    """How a weight that is multiplied is packed.
+
+    Attributes:
+        weight: Its name.
+        rows: N, of each expert where there are several.
         columns: K.
         group_size: As in the format.
-        scaled: Whether the weight has scales.
+        scaled: Whether it has scales.
         float_type: What the graph computes in.
     """
 
-    product: Product
     weight: str
+    rows: int
     columns: int
     group_size: int
     scaled: bool
     float_type: int
 
+    def inputs(self, bias: str) -> list[str]:
+        """The operator's inputs for it."""
+        scales = f"{self.weight}{SCALES}" if self.scaled else NO_SCALES
+        return [f"{self.weight}{MASK}", f"{self.weight}{VALUES}", f"{self.weight}{OFFSETS}", scales, bias]
+
+    def attributes(self, activation_bits: int) -> dict[str, int]:
+        """The operator's attributes."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "columns": self.columns,
+            "group_size": self.group_size,
+            "activation_bits": activation_bits,
+        }
+
+
+@dataclass(frozen=True)
+class PackedProduct:
+    """A product, and the packed weight in it."""
+
+    product: Product
+    form: PackedForm
+
     @property
     def shared(self) -> tuple[object, ...]:
         """What must be the same in all products of one operator."""
-        return (self.product.x, self.columns, self.group_size, self.float_type)
+        return (self.product.x, self.form.columns, self.form.group_size, self.form.float_type)
 
 
 @dataclass(frozen=True)
@@ -100,25 +141,24 @@ def packed_products(products: Sequence[PackedProduct], activation_bits: int) -> 
         products: Up to MOST_WEIGHTS, with the same ``shared``. The operator has the name of the first.
         activation_bits: As in the format.
     """
-    first = products[0]
+    first, form = products[0], products[0].form
     if len(products) > MOST_WEIGHTS or len({product.shared for product in products}) != 1:
         raise ValueError("these products cannot be made by one operator")
     before, after, x = [], [], first.product.x
-    if first.float_type != TensorProto.FLOAT:
+    if form.float_type != TensorProto.FLOAT:
         x = f"{first.product.name}/x_float32"
         before.append(_node("Cast", [first.product.x], x, to=TensorProto.FLOAT))
     inputs, outputs = [x], []
     for packed in products:
-        product, weight = packed.product, packed.weight
+        product = packed.product
         output, bias = product.output, product.bias or NO_BIAS
-        if packed.float_type != TensorProto.FLOAT:
+        if form.float_type != TensorProto.FLOAT:
             output = f"{product.name}/y_float32"
-            after.append(_node("Cast", [output], product.output, to=packed.float_type))
+            after.append(_node("Cast", [output], product.output, to=form.float_type))
             if product.bias is not None:
                 bias = f"{product.name}/bias_float32"
                 before.append(_node("Cast", [product.bias], bias, to=TensorProto.FLOAT))
-        scales = f"{weight}{SCALES}" if packed.scaled else NO_SCALES
-        inputs += [f"{weight}{MASK}", f"{weight}{VALUES}", f"{weight}{OFFSETS}", scales, bias]
+        inputs += packed.form.inputs(bias)
         outputs.append(output)
     operator = helper.make_node(
         operator_name(len(products)),
@@ -126,12 +166,30 @@ def packed_products(products: Sequence[PackedProduct], activation_bits: int) -> 
         outputs,
         name=first.product.name,
         domain=DOMAIN,
-        format_version=FORMAT_VERSION,
-        columns=first.columns,
-        group_size=first.group_size,
-        activation_bits=activation_bits,
+        **form.attributes(activation_bits),
     )
     return [*before, operator, *after]
+
+
+def packed_experts(product: ExpertProduct, form: PackedForm, activation_bits: int) -> list[NodeProto]:
+    """The operator of experts, between casts where the graph computes in float16."""
+    nodes, x, output = [], product.x, product.output
+    if form.float_type != TensorProto.FLOAT:
+        x, output = f"{product.name}/x_float32", f"{product.name}/y_float32"
+        nodes.append(_node("Cast", [product.x], x, to=TensorProto.FLOAT))
+    operator = helper.make_node(
+        EXPERT_OPERATOR,
+        [x, product.experts, *form.inputs(NO_BIAS)],
+        [output],
+        name=product.name,
+        domain=DOMAIN,
+        expert_rows=form.rows,
+        **form.attributes(activation_bits),
+    )
+    nodes.append(operator)
+    if output != product.output:
+        nodes.append(_node("Cast", [output], product.output, to=form.float_type))
+    return nodes
 
 
 def int8_product(product: Product, weight: str, activation_bits: int) -> list[NodeProto]:

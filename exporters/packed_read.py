@@ -13,7 +13,12 @@ from onnx import TensorProto, helper
 
 from exporters.manifest import Encoding
 from exporters.masks import BoolArray, nonzero_mask
-from exporters.packed_function import WEIGHT_INPUTS, is_packed_product, weight_inputs
+from exporters.packed_function import (
+    WEIGHT_INPUTS,
+    is_expert_product,
+    is_packed_product,
+    weight_inputs,
+)
 from exporters.packed_nodes import INT8_MIDDLE, MASK, NO_SCALES, SCALES
 from exporters.packing import (
     FORMAT_VERSION,
@@ -41,7 +46,7 @@ _MASK, _VALUES, _OFFSETS, _SCALES = range(4)  # of a weight's inputs
 
 @dataclass(frozen=True)
 class PackedTensor(StoredTensor):
-    """A packed weight: ``shape`` is (outputs, inputs), ``dtype`` what its values are.
+    """A packed weight: ``shape`` is (outputs, inputs), or (experts, outputs, inputs), ``dtype`` what its values are.
 
     Attributes:
         parts: The constants mask, values, offsets and scales.
@@ -69,25 +74,26 @@ class PackedTensor(StoredTensor):
         """
         numbers = self._numbers()
         scales = np.asarray(self.parts[3].load(), np.float32)
-        rows, columns = self.shape
+        rows, columns = numbers.shape
         if scales.shape not in ((1, 1), (rows, groups_of(columns, self.group_size))):
             raise packed_error(self.name, f"scales of shape {list(scales.shape)}")
         if scales.shape == (1, 1):
             plain = self.dtype not in (TensorProto.INT8, TensorProto.INT4) and scales[0, 0] == 1
-            return numbers if plain else np.asarray(numbers, np.float32) * scales
-        return dequantize(numbers, scales, self.group_size)
+            return (numbers if plain else np.asarray(numbers, np.float32) * scales).reshape(self.shape)
+        return dequantize(numbers, scales, self.group_size).reshape(self.shape)
 
     def nonzero(self) -> BoolArray:
         """Where the weights are not zero; a stored zero is zero."""
-        return nonzero_mask(self._numbers())
+        return nonzero_mask(self._numbers()).reshape(self.shape)
 
     def _numbers(self) -> NDArray[np.generic]:
+        """The stored numbers, experts one below the other."""
         mask, values, offsets = (part.load() for part in self.parts[:3])
         packed = PackedMatrix(
             np.asarray(mask, np.uint8),
             values,
             np.asarray(offsets, np.int64),
-            self.shape[1],
+            self.shape[-1],
             self.dtype == TensorProto.INT4,
         )
         return unpack_matrix(packed, self.name)
@@ -203,10 +209,16 @@ def _packed_tensor(
         raise packed_error(name, f"mask of shape {list(mask.shape)} for {columns} columns")
     if group_size < 0 or group_size % PIECE_COLUMNS:
         raise packed_error(name, f"groups of {group_size} columns")
+    rows: tuple[int, ...] = (mask.shape[0],)
+    if is_expert_product(node):
+        expert_rows = _integer(node, "expert_rows", 0)
+        if expert_rows < 1 or mask.shape[0] % expert_rows:
+            raise packed_error(name, f"{mask.shape[0]} rows for experts of {expert_rows}")
+        rows = (mask.shape[0] // expert_rows, expert_rows)
     own = dense if inputs[_SCALES] != NO_SCALES else dense[:3]
     return PackedTensor(
         name=name,
-        shape=(mask.shape[0], columns),
+        shape=(*rows, columns),
         dtype=_VALUE_TYPES[values.dtype],
         stored_bytes=sum(part.stored_bytes for part in own),
         input_axis=-1,

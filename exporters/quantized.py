@@ -19,7 +19,7 @@ _FORMAT = "1"
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix (N, K) of integers times scales.
+    """A matrix (N, K) of integers times scales; of experts their matrices one below the other.
 
     Attributes:
         bits: 8 (-127 to 127) or 4 (-7 to 7).

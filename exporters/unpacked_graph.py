@@ -15,10 +15,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
-from exporters.packed_function import DOMAIN, is_packed_product, weight_inputs
+from exporters.graph_nodes import used_nodes
+from exporters.packed_function import DOMAIN, is_expert_product, is_packed_product, weight_inputs
 from exporters.packed_nodes import MASK, SCALES
+from exporters.packing import packed_error
 from exporters.stored import StoredTensor
 
+_LAST_AXIS = "dense/last_axis"
 _ROUNDING = ("Cast", "Add", "Round", "Div")  # from an integer product's input back to what was rounded
 # From the first use of an integer matrix to the result.
 _INTEGER_PRODUCT = ("Cast", "Mul", "Mul")
@@ -45,18 +48,20 @@ def unpack_graph(proto: onnx.ModelProto, stored: Mapping[str, StoredTensor]) -> 
         stored: The initializers of the file.
 
     Raises:
-        ExportError: E-ONNX-*: the file does not hold a bias. Loading a weight may raise the same.
+        ExportError: E-ONNX-*: the file does not hold a bias, or experts have one. Loading a weight may raise the same.
     """
     work = _Unpacking(proto.graph, stored)
     for node in proto.graph.node:
-        if is_packed_product(node):
+        if is_expert_product(node):
+            work.unpack_experts(node)
+        elif is_packed_product(node):
             work.unpack(node)
         elif node.op_type in ("MatMulInteger", "Cast"):
             work.widen_product(node)
         elif node.op_type == "Gather":
             work.widen_lookup(node)
     nodes = [new for node in proto.graph.node for new in work.replaced.get(id(node), [node])]
-    nodes = [NodeProto.FromString(node.SerializeToString()) for node in _used(nodes, proto.graph)]
+    nodes = [NodeProto.FromString(node.SerializeToString()) for node in used_nodes(nodes, proto.graph)]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
     for entries in (proto.functions, proto.opset_import):
@@ -69,7 +74,7 @@ class _Unpacking:
     """The nodes that take another's place, and the weights that they use."""
 
     def __init__(self, graph: onnx.GraphProto, stored: Mapping[str, StoredTensor]) -> None:
-        self._stored = stored
+        self._graph, self._stored = graph, stored
         self._producers = {output: node for node in graph.node for output in node.output}
         self._consumers: dict[str, list[NodeProto]] = defaultdict(list)
         for node in graph.node:
@@ -92,6 +97,28 @@ class _Unpacking:
             product = f"{output}.unbiased"
             nodes.append(_node("MatMul", [node.input[0], weight], product, name))
             nodes.append(_node("Add", [product, bias], output, f"{name}/bias"))
+
+    def unpack_experts(self, node: NodeProto) -> None:
+        """Replace an operator of packed experts by the choice of their matrices and a product with each."""
+        x, experts, mask, *_, bias = node.input
+        weight = mask.removesuffix(MASK)
+        tensor = self._stored[weight]
+        if bias not in self._stored or self._stored[bias].load().any():
+            raise packed_error(weight, "experts with a bias")
+        self._add(weight, tensor.shape, partial(_as_float32, tensor))
+        (output,), last = node.output, self._last_axis()
+        self.replaced[id(node)] = [
+            _node("Gather", [weight, experts], f"{output}.chosen", f"{node.name}/chosen"),
+            _node("Unsqueeze", [x, last], f"{output}.column", f"{node.name}/column"),
+            _node("MatMul", [f"{output}.chosen", f"{output}.column"], f"{output}.product", node.name),
+            _node("Squeeze", [f"{output}.product", last], output, f"{node.name}/row"),
+        ]
+
+    def _last_axis(self) -> str:
+        """The name of a constant that says "the last axis"."""
+        if all(constant.name != _LAST_AXIS for constant in self._graph.initializer):
+            self._graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1], np.int64), _LAST_AXIS))
+        return _LAST_AXIS
 
     def widen_product(self, node: NodeProto) -> None:
         """Replace a product by an int8 matrix (K, N); ``node`` multiplies by it, or casts it first."""
@@ -169,6 +196,10 @@ def _transposed(tensor: StoredTensor) -> NDArray[np.float32]:
     return np.ascontiguousarray(tensor.load().astype(np.float32).T)
 
 
+def _as_float32(tensor: StoredTensor) -> NDArray[np.float32]:
+    return tensor.load().astype(np.float32)
+
+
 def _scaled_matrix(
     weight: StoredTensor, scales: StoredTensor, axis: int, *, transposed: bool = False
 ) -> NDArray[np.float32]:
@@ -176,27 +207,6 @@ def _scaled_matrix(
     steps = np.expand_dims(scales.load().astype(np.float32).reshape(-1), 1 - axis)
     matrix = weight.load().astype(np.float32) * steps
     return np.ascontiguousarray(matrix.T) if transposed else matrix
-
-
-def _used(nodes: Sequence[NodeProto], graph: onnx.GraphProto) -> list[NodeProto]:
-    """The nodes without those of which nothing is used: what led to a replaced one."""
-    wanted, kept = {value.name for value in graph.output}, []
-    for node in reversed(nodes):
-        if wanted.intersection(node.output):
-            kept.append(node)
-            wanted.update(node.input)
-            wanted.update(_inner_inputs(node))
-    return kept[::-1]
-
-
-def _inner_inputs(node: NodeProto) -> set[str]:
-    """What the graphs inside of a node read."""
-    found: set[str] = set()
-    for attribute in node.attribute:
-        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            for inner in graph.node:
-                found.update(inner.input, _inner_inputs(inner))
-    return found
 
 
 def _node(operator: str, inputs: Sequence[str], output: str, name: str) -> NodeProto:

@@ -112,7 +112,7 @@ def products_model(
     ]
     graph = helper.make_graph([node], "product", ports[:1], ports[1:], tensors)
     functions = fallback_functions(
-        [len(weights)],
+        [node.op_type],
         int4=first.kind == "int4",
         group_size=first.group_size,
         activation_bits=activation_bits,

@@ -1,4 +1,4 @@
-"""Models of one SparseMatMul, packed matrices for them, and the same product in float64."""
+"""Models of one operator of the library, packed matrices for them, and the same product in float64."""
 
 from __future__ import annotations
 
@@ -149,6 +149,22 @@ def model_of_several(
     graph = helper.make_graph([node], "products", inputs, outputs, [t for t in tensors if t.name not in fed])
     imports = [helper.make_opsetid("", 18), helper.make_opsetid("blockpress", 1)]
     return helper.make_model(graph, opset_imports=imports, ir_version=8)
+
+
+def model_of_experts(
+    tensors: dict[str, onnx.TensorProto],
+    attributes: dict[str, int],
+    expert_rows: int,
+    *,
+    fed: tuple[str, ...] = (),
+    rank: int = 2,
+) -> onnx.ModelProto:
+    """y = SparseExpertMatMul(x, experts, ...), where x and experts are fed; the rest as in ``model_of``."""
+    model = model_of(tensors, {**attributes, "expert_rows": expert_rows}, fed=fed, rank=rank)
+    model.graph.node[0].op_type = "SparseExpertMatMul"
+    model.graph.node[0].input.insert(1, "experts")
+    model.graph.input.append(helper.make_tensor_value_info("experts", TensorProto.INT64, None))
+    return model
 
 
 def open_session(model: onnx.ModelProto | Path, threads: int = 1) -> Any:

@@ -13,6 +13,7 @@ from onnx_samples import pruned_matrix
 from exporters.packed_function import DOMAIN, DOMAIN_VERSION, OPERATOR, fallback_function
 from exporters.packed_nodes import (
     Lookup,
+    PackedForm,
     PackedProduct,
     Product,
     int8_lookup,
@@ -112,15 +113,9 @@ def language_model(path: Path, *, activation_bits: int | None = None, cache: boo
             "table.scales": np.full(VOCABULARY, 0.25, np.float32),
         }
         look_up = int8_lookup(Lookup(onnx.NodeProto(), ids, rows, "embed"), "table", columns_first=True)
-        inner = PackedProduct(
-            Product(onnx.NodeProto(), rows, keys, None, True, "inner"),
-            "inner",
-            columns=WIDTH,
-            group_size=0,
-            scaled=True,
-            float_type=TensorProto.FLOAT,
-        )
-        product = packed_products([inner], activation_bits)
+        inner = Product(onnx.NodeProto(), rows, keys, None, True, "inner")
+        form = PackedForm("inner", WIDTH, WIDTH, 0, True, int(TensorProto.FLOAT))
+        product = packed_products([PackedProduct(inner, form)], activation_bits)
         head = int8_product(
             Product(onnx.NodeProto(), states, "logits", None, False, "head"), "table", activation_bits
         )

@@ -20,6 +20,7 @@ from packed_samples import products_model, sample
 from compressor.linears import IgnoreRules, prunable_matrices
 from compressor.quantization.scales import group_size_of, round_to_nearest
 from exporters.causal_lm import LoadedParts, build_graph
+from exporters.densify import densify
 from exporters.errors import ExportError
 from exporters.graph_weights import GraphWeight
 from exporters.inspect import inspect_model
@@ -64,7 +65,7 @@ def packed(folder: Path, name: str, bits: int | None = None, dtype: torch.dtype 
     model = build(name)
     parts = LoadedParts(model, dtype)
     quantized: dict[str, QuantizedWeight] = {}
-    pruned = set()
+    pruned, to_round = set(), []
     with torch.no_grad():
         for index, block in enumerate(parts.blocks.modules):
             for matrix in prunable_matrices(block, parts.blocks.block_name(index), IgnoreRules()):
@@ -73,8 +74,12 @@ def packed(folder: Path, name: str, bits: int | None = None, dtype: torch.dtype 
                 if index == 0:
                     W[torch.rand(W.shape, generator=torch.Generator().manual_seed(3)) < 0.5] = 0
                     pruned.add(full)
-                if bits is not None and matrix.expert is None:
-                    quantized[full] = _rounded(W, bits)
+                if bits is not None and matrix.expert in (None, 0):
+                    stored = block.get_parameter(matrix.parameter)
+                    rows = W if matrix.expert is None else stored.view(-1, stored.shape[-1])
+                    to_round.append((full, rows))
+        if bits is not None:
+            quantized |= {full: _rounded(rows, bits) for full, rows in to_round}
         if bits is not None:
             ends = (model.get_input_embeddings(), model.get_output_embeddings())
             names = {id(p): name for name, p in model.named_parameters()}
@@ -159,14 +164,36 @@ def test_packed_graph_of_bfloat16_stores_bfloat16_and_computes_in_float32(tmp_pa
     assert {row.dtype for row in made.rows.values() if row.encoding == "packed"} == {"bfloat16"}
 
 
-def test_packed_graph_leaves_fused_experts_and_says_so(tmp_path: Path) -> None:
-    """Experts in one parameter of three axes stay dense; attention is packed."""
-    made = packed(tmp_path, "mixtral")
-    assert {name.rpartition(".")[2] for name in made.graph.left} == {"gate_up_proj", "down_proj"}
-    assert {name.rpartition(".")[0].rpartition(".")[2] for name in made.graph.packed} == {
-        "q_proj", "k_proj", "v_proj", "o_proj",
-    }  # fmt: skip
+@pytest.mark.parametrize(("name", "bits"), [("mixtral", None), ("mixtral", 8), ("qwen3_moe", 4)])
+def test_packed_graph_packs_fused_experts(tmp_path: Path, name: str, bits: int | None) -> None:
+    """Experts in one parameter of three axes are one packed weight, without the nodes that chose their matrices."""
+    made = packed(tmp_path, name, bits)
+    assert made.graph.left == ()
+    assert {"gate_up_proj", "down_proj"} <= {name.rpartition(".")[2] for name in made.graph.packed}
+    assert operators_of(made.graph).count("SparseExpertMatMul") >= 2
+    if bits is not None:
+        assert not {"GatherND"} & {
+            node.op_type for node in made.graph.proto.graph.node if "layers" in node.name
+        }
     np.testing.assert_allclose(made.logits(), made.reference(), atol=3e-5)
+    check_read_back(made)
+    densify(read_model(made.path), tmp_path / "dense.onnx")
+    dense = Packed(made.model, made.graph, {}, tmp_path / "dense.onnx")
+    np.testing.assert_allclose(dense.logits(), made.reference(), atol=3e-5)
+
+
+def test_experts_whose_rows_are_no_whole_strips_stay_dense(tmp_path: Path) -> None:
+    """Each expert would have to begin with a strip: it is said that they were left."""
+    model = build("mixtral", intermediate_size=36)
+    parts = LoadedParts(model)
+    matrices = prunable_matrices(parts.blocks.modules[0], "", IgnoreRules())
+    with torch.no_grad():
+        for matrix in matrices:
+            matrix.of(parts.blocks.modules[0])[:, ::2] = 0
+    graph = build_graph(parts)
+    pruned = {f"{parts.blocks.block_name(0)}.{matrix.parameter}" for matrix in matrices}
+    made = pack_graph(graph.proto, graph.weights, pruned=pruned, quantized={}, activation_bits=32)
+    assert [name.rpartition(".")[2] for name in made.left] == ["gate_up_proj"]
 
 
 def one_product(W: np.ndarray) -> tuple[onnx.ModelProto, GraphWeight]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tiny_models
 from workshop import Workshop, contents
 
 from compressor import CompressionResult, compress, export
@@ -17,6 +18,7 @@ from compressor.recipe import ExportRecipe, Recipe
 from compressor.recipe_file import read_recipe
 from exporters.errors import ExportError
 from exporters.manifest import read_manifest
+from exporters.packing import spread_scales
 from exporters.quantized import SCALES_NAME, read_quantization
 from exporters.read import read_model
 
@@ -76,6 +78,36 @@ def test_quantized_folder_holds_multiples_of_its_scales(int8: CompressionResult)
     steps = tensors[name].load() / quantization.weights[name].scales
     assert np.abs(steps - np.rint(steps)).max() < 1e-3
     assert np.abs(steps).max() == pytest.approx(127, abs=1e-3)
+
+
+@pytest.mark.parametrize(("variant", "dtype"), [("mixtral", "int8"), ("qwen3_moe", "int4")])
+def test_quantized_run_packs_fused_experts(
+    workshop: Workshop, tmp_path: Path, variant: str, dtype: str
+) -> None:
+    """Experts are integers times scales like all other matrices, their inputs rounded in PyTorch as in the file."""
+    model = tiny_models.save_variant(tmp_path / variant, variant)
+    recipe = workshop.recipe(export__dtype=dtype)
+    result = compress(model, tmp_path / "sparse.onnx", recipe)
+    assert result.passed is True
+    perplexity = result.report["perplexity"]
+    assert abs(perplexity["onnx"] / perplexity["quantized"] - 1) < 3e-3
+    rows = read_manifest(tmp_path / "sparse.manifest.json").tensors
+    experts = [row for row in rows if len(row.shape) == 3]
+    assert len(experts) == 4
+    assert {(row.encoding, row.dtype, row.pruned) for row in experts} == {("packed", dtype, True)}
+    assert not [
+        row.name for row in rows if row.dtype == "float32" and len(row.shape) > 1 and "gate" not in row.name
+    ]
+    quantization = read_quantization(tmp_path / "sparse.hf" / SCALES_NAME)
+    assert quantization is not None
+    tensors = {tensor.name: tensor for tensor in read_model(tmp_path / "sparse.onnx").tensors}
+    weight, found = quantization.weights[experts[0].name], tensors[experts[0].name].load()
+    expected_scales = spread_scales(weight.scales, found.shape[2], weight.group_size)
+    steps = found.reshape(-1, found.shape[2]) / expected_scales
+    assert np.abs(steps - np.rint(steps)).max() < 1e-3
+    assert all(
+        0 < block["error"] <= block["nearest_error"] for block in result.report["quantization"]["blocks"]
+    )
 
 
 def test_quantized_run_goes_on_to_the_same_bytes(

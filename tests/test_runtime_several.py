@@ -76,7 +76,7 @@ def test_weights_that_are_fed_give_the_same() -> None:
         np.testing.assert_array_equal(y, multiply(x, matrix))
     broken = packed[1].mask.copy()
     broken[0, 0] ^= 1
-    with pytest.raises(Exception, match=r"weight 2 of 2: SparseMatMul: offsets\[1\] must be"):
+    with pytest.raises(Exception, match=r"SparseMatMul2: weight 2 of 2: offsets\[1\] must be"):
         session.run(None, {"x": x, "mask2": broken})
 
 
@@ -87,6 +87,6 @@ def test_broken_weight_is_named_when_the_model_is_loaded(rows: tuple[int, ...], 
     packed[number - 1] = random_packed(7, COLUMNS + 8, "int8")
     weights = [tensors_of(matrix) for matrix in packed]
     with pytest.raises(
-        Exception, match=f"weight {number} of {len(rows)}: SparseMatMul: mask must have 17 bytes"
+        Exception, match=f"SparseMatMul{number}: weight {number} of {number}: mask must have 17 bytes"
     ):
         open_session(model_of_several(weights, attributes_of(packed[0])))

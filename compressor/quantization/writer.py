@@ -120,17 +120,19 @@ class QuantizingWriter:
     def commit(self, index: int, block: nn.Module, masks: Mapping[str, Mask]) -> None:
         """Quantise and write the next block, in order; ``block`` itself stays as it is."""
         prefix = f"{self._source.blocks_name}.{index}"
-        matrices = [m for m in prunable_matrices(block, prefix, IgnoreRules()) if m.expert is None]
+        matrices = prunable_matrices(block, prefix, IgnoreRules())
         nearest: Mapping[str, Rounded] = {m.name: self._nearest(m, block) for m in matrices}
         chosen, report = self._with(block, matrices, nearest), QuantizedBlock(index, None, None, False)
         rounded = nearest
         if self._states is not None and matrices:
             rounded, chosen, report = self._choose(index, block, matrices, nearest)
         self._blocks.append(report)
+        scales: dict[str, list[Tensor]] = {}  # by parameter; of experts one below the other
         for matrix in matrices:
-            scales = rounded[matrix.name].scales.cpu().numpy()
-            weight = QuantizedWeight(self._bits, group_size_of(self._bits), scales)
-            self._weights[f"{prefix}.{matrix.parameter}"] = weight
+            scales.setdefault(matrix.parameter, []).append(rounded[matrix.name].scales)
+        for parameter, parts in scales.items():
+            weight = QuantizedWeight(self._bits, group_size_of(self._bits), torch.cat(parts).cpu().numpy())
+            self._weights[f"{prefix}.{parameter}"] = weight
         self._writer.commit(index, chosen, masks)
         with self._rounding(chosen, matrices):
             self._evaluation.advance("quantized", index, chosen)
@@ -194,8 +196,8 @@ class QuantizingWriter:
         return search_scales(matrix.of(block).float(), self._bits, group_size_of(self._bits), statistic)
 
     def _rounding(self, block: nn.Module, matrices: list[PrunableMatrix]) -> AbstractContextManager[None]:
-        modules = [block.get_submodule(matrix.parameter.rpartition(".")[0]) for matrix in matrices]
-        return rounded_inputs(modules if self._activation_bits == 8 else [])
+        paths = dict.fromkeys(matrix.parameter.rpartition(".")[0] for matrix in matrices)
+        return rounded_inputs(map(block.get_submodule, paths) if self._activation_bits == 8 else [])
 
     def _quantized_end(self, name: str, module: nn.Module) -> Tensor:
         """Embedding or head, (V, D), a scale per token; its own values stay."""

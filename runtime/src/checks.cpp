@@ -34,20 +34,20 @@ int64_t BytesOf(ort::ElementType type) {
 
 bool CheckType(WeightInput which, const Tensor& tensor, ort::ElementType type, const char* name, Message* message) {
   if (tensor.type == type) return true;
-  return message->Set("SparseMatMul: %s must be %s, but has element type %d of ONNX", kNames[which], name,
+  return message->Set("%s must be %s, but has element type %d of ONNX", kNames[which], name,
                       static_cast<int>(tensor.type));
 }
 
 bool CheckRank(WeightInput which, const Tensor& tensor, int64_t rank, Message* message) {
   if (tensor.rank == rank) return true;
-  return message->Set("SparseMatMul: %s must have %" PRId64 " axes, but has %" PRId64, kNames[which], rank,
+  return message->Set("%s must have %" PRId64 " axes, but has %" PRId64, kNames[which], rank,
                       tensor.rank);
 }
 
 bool CheckAlignment(WeightInput which, const Tensor& tensor, Message* message) {
   const int64_t bytes = BytesOf(tensor.type);
   if (reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(bytes) == 0) return true;
-  return message->Set("SparseMatMul: %s lies at an address that is no multiple of %" PRId64
+  return message->Set("%s lies at an address that is no multiple of %" PRId64
                       " bytes; align it in the external data file",
                       kNames[which], bytes);
 }
@@ -61,7 +61,7 @@ bool TakeValueType(const Tensor& values, ValueType* type, Message* message) {
     case ort::kUint8: *type = ValueType::kInt4; return true;
     default:
       return message->Set(
-          "SparseMatMul: values must be float32, float16, bfloat16, int8, or uint8 (int4), but has element type %d of "
+          "values must be float32, float16, bfloat16, int8, or uint8 (int4), but has element type %d of "
           "ONNX",
           static_cast<int>(values.type));
   }
@@ -95,13 +95,13 @@ bool TakeScales(const Attributes& attributes, const Tensor (&inputs)[kWeightInpu
     weight->scales_per_row = 0;
     weight->group_size = whole;
   } else {
-    return message->Set("SparseMatMul: scales must have the shape (%" PRId64 ", %" PRId64 ") or (1, 1), but has (%" PRId64
+    return message->Set("scales must have the shape (%" PRId64 ", %" PRId64 ") or (1, 1), but has (%" PRId64
                         ", %" PRId64 ")",
                         weight->rows, groups, scales[0], scales[1]);
   }
   const int64_t bias = inputs[kBias].dims[0];
   if (bias != weight->rows && bias != 1) {
-    return message->Set("SparseMatMul: bias must have the shape (%" PRId64 ") or (1), but has (%" PRId64 ")",
+    return message->Set("bias must have the shape (%" PRId64 ") or (1), but has (%" PRId64 ")",
                         weight->rows, bias);
   }
   weight->bias_per_row = bias == weight->rows;
@@ -125,26 +125,26 @@ int64_t RowElements(const Weight& weight, int64_t row) {
 bool CheckOffsets(const Weight& weight, int64_t value_count, Message* message) {
   const int64_t strips = CeilDiv(weight.rows, kStripRows);
   if (weight.offsets[0] != 0) {
-    return message->Set("SparseMatMul: offsets must start at 0, but start at %" PRId64, weight.offsets[0]);
+    return message->Set("offsets must start at 0, but start at %" PRId64, weight.offsets[0]);
   }
   int64_t end = 0;
   for (int64_t strip = 0; strip < strips; ++strip) {
     for (int64_t row = strip * kStripRows; row < weight.rows && row < (strip + 1) * kStripRows; ++row) {
       const int64_t elements = RowElements(weight, row);
       if (elements < 0) {
-        return message->Set("SparseMatMul: row %" PRId64 " of mask has bits set beyond its %" PRId64 " columns", row,
+        return message->Set("row %" PRId64 " of mask has bits set beyond its %" PRId64 " columns", row,
                             weight.columns);
       }
       end += elements;
     }
     if (weight.offsets[strip + 1] != end) {
-      return message->Set("SparseMatMul: offsets[%" PRId64 "] must be %" PRId64 " by the bits of mask, but is %" PRId64,
+      return message->Set("offsets[%" PRId64 "] must be %" PRId64 " by the bits of mask, but is %" PRId64,
                           strip + 1, end, weight.offsets[strip + 1]);
     }
   }
   const int64_t padding = kPaddingBytes / ElementBytes(weight.type);
   if (value_count < padding || value_count - padding != end) {
-    return message->Set("SparseMatMul: values must have %" PRId64 " elements and %" PRId64
+    return message->Set("values must have %" PRId64 " elements and %" PRId64
                         " of padding by the bits of mask, but has %" PRId64 " in all",
                         end, padding, value_count);
   }
@@ -155,20 +155,20 @@ bool CheckOffsets(const Weight& weight, int64_t value_count, Message* message) {
 
 bool CheckAttributes(const Attributes& attributes, Message* message) {
   if (attributes.format_version != 1) {
-    return message->Set("SparseMatMul: format_version %" PRId64
+    return message->Set("format_version %" PRId64
                         " is unknown, this library reads version 1; a newer blockpress-runtime may read it",
                         attributes.format_version);
   }
   if (attributes.columns < 1 || attributes.columns > kMaxColumns) {
-    return message->Set("SparseMatMul: columns must be from 1 to %" PRId64 ", but is %" PRId64, kMaxColumns,
+    return message->Set("columns must be from 1 to %" PRId64 ", but is %" PRId64, kMaxColumns,
                         attributes.columns);
   }
   if (attributes.group_size < 0 || attributes.group_size % kPieceColumns != 0) {
-    return message->Set("SparseMatMul: group_size must be 0 or a multiple of 64, but is %" PRId64,
+    return message->Set("group_size must be 0 or a multiple of 64, but is %" PRId64,
                         attributes.group_size);
   }
   if (attributes.activation_bits != 32 && attributes.activation_bits != 8) {
-    return message->Set("SparseMatMul: activation_bits must be 32 or 8, but is %" PRId64, attributes.activation_bits);
+    return message->Set("activation_bits must be 32 or 8, but is %" PRId64, attributes.activation_bits);
   }
   return true;
 }
@@ -179,23 +179,23 @@ bool CheckWeight(const Attributes& attributes, const Tensor (&inputs)[kWeightInp
   weight->rows = inputs[kMask].dims[0];
   weight->columns = attributes.columns;
   if (inputs[kMask].dims[1] != weight->mask_row_bytes()) {
-    return message->Set("SparseMatMul: mask must have %" PRId64 " bytes in a row for %" PRId64
+    return message->Set("mask must have %" PRId64 " bytes in a row for %" PRId64
                         " columns, but has %" PRId64,
                         weight->mask_row_bytes(), weight->columns, inputs[kMask].dims[1]);
   }
   const int64_t entries = CeilDiv(weight->rows, kStripRows) + 1;
   if (inputs[kOffsets].dims[0] != entries) {
-    return message->Set("SparseMatMul: offsets must have %" PRId64 " entries for %" PRId64 " rows, but has %" PRId64,
+    return message->Set("offsets must have %" PRId64 " entries for %" PRId64 " rows, but has %" PRId64,
                         entries, weight->rows, inputs[kOffsets].dims[0]);
   }
   if (!TakeScales(attributes, inputs, weight, message)) return false;
   if (attributes.activation_bits == 8) {
     if (weight->type != ValueType::kInt8 && weight->type != ValueType::kInt4) {
-      return message->Set("SparseMatMul: activation_bits = 8 is for int8 and int4 values only");
+      return message->Set("activation_bits = 8 is for int8 and int4 values only");
     }
     const int64_t summed = weight->group_size < weight->columns ? weight->group_size : weight->columns;
     if (summed > kMaxInt8Columns) {
-      return message->Set("SparseMatMul: with activation_bits = 8 a scale may cover %" PRId64
+      return message->Set("with activation_bits = 8 a scale may cover %" PRId64
                           " columns, but covers %" PRId64 "; int32 sums would overflow",
                           kMaxInt8Columns, summed);
     }
@@ -206,6 +206,17 @@ bool CheckWeight(const Attributes& attributes, const Tensor (&inputs)[kWeightInp
   weight->scales = static_cast<const float*>(inputs[kScales].data);
   weight->bias = static_cast<const float*>(inputs[kBias].data);
   return CheckOffsets(*weight, inputs[kValues].dims[0], message);
+}
+
+bool CheckExpertRows(int64_t expert_rows, Message* message) {
+  if (expert_rows > 0 && expert_rows % kStripRows == 0) return true;
+  return message->Set("expert_rows must be a multiple of 16 from 16 on, but is %" PRId64, expert_rows);
+}
+
+bool CheckExperts(const Weight& weight, int64_t expert_rows, Message* message) {
+  if (weight.rows % expert_rows == 0) return true;
+  return message->Set("the rows of mask must be a multiple of expert_rows, %" PRId64 ", but are %" PRId64, expert_rows,
+                      weight.rows);
 }
 
 } // namespace blockpress

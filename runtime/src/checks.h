@@ -17,7 +17,7 @@ struct Tensor {
   const void* data;
 };
 
-// The operator's inputs 1 to 5.
+// The inputs that are a weight, in their order.
 enum WeightInput : int { kMask, kValues, kOffsets, kScales, kBias, kWeightInputs };
 
 struct Attributes {
@@ -33,5 +33,9 @@ bool CheckAttributes(const Attributes& attributes, Message* message);
 // Whether no kernel can be led outside of the tensors; then `weight` is what the kernels read. Reads every byte of the
 // mask, none of the values. The attributes are checked ones.
 bool CheckWeight(const Attributes& attributes, const Tensor (&inputs)[kWeightInputs], Weight* weight, Message* message);
+
+// Whether an expert may have so many rows, and whether the weight is that of experts of so many.
+bool CheckExpertRows(int64_t expert_rows, Message* message);
+bool CheckExperts(const Weight& weight, int64_t expert_rows, Message* message);
 
 } // namespace blockpress

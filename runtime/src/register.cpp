@@ -3,7 +3,7 @@
 #include "kernels.h"
 #include "message.h"
 #include "ort_abi.h"
-#include "sparse_matmul.h"
+#include "ort_operator.h"
 
 #if defined(_WIN32)
 #define BLOCKPRESS_EXPORT extern "C" __declspec(dllexport)
@@ -25,9 +25,10 @@ BLOCKPRESS_EXPORT ort::Status* BLOCKPRESS_ORT_CALL RegisterCustomOps(ort::Sessio
   // The options keep the domain's address, and nothing says when they end: a domain for each, never freed.
   ort::CustomOpDomain* domain = nullptr;
   if (auto* status = api->CreateCustomOpDomain("blockpress", &domain)) return status;
-  for (const ort::CustomOp& op : blockpress::kSparseMatMul) {
+  for (const blockpress::Operator& op : blockpress::kSparseMatMul) {
     if (auto* status = api->CustomOpDomainAdd(domain, &op)) return status;
   }
+  if (auto* status = api->CustomOpDomainAdd(domain, &blockpress::kSparseExpertMatMul)) return status;
   return api->AddCustomOpDomain(options, domain);
 }
 

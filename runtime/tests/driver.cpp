@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "experts.h"
 #include "kernels.h"
 
 namespace blockpress {
@@ -155,12 +156,14 @@ double RandomDensity(Random& random) {
   return choice == 0 ? 0 : choice == 1 ? 1 : std::uniform_real_distribution<double>()(random);
 }
 
-Packed RandomPacked(Random& random) {
+// Of so many rows, or of any number of them where that is 0.
+Packed RandomPacked(Random& random, int64_t rows) {
   Packed packed;
   packed.type = static_cast<ValueType>(Between(random, 0, 4));
   const bool wide = Between(random, 0, 15) == 0; // columns for several tiles
-  packed.rows = Between(random, 1, wide ? 20 : 300);
+  packed.rows = rows != 0 ? rows : Between(random, 1, wide ? 20 : 300);
   packed.attributes.columns = wide ? Between(random, 301, 4000) : Between(random, 1, 300);
+  if (Between(random, 0, 3) == 0) packed.attributes.columns = (packed.attributes.columns + 63) / 64 * 64; // as usual
   const bool integers = packed.type == ValueType::kInt8 || packed.type == ValueType::kInt4;
   if (integers) packed.attributes.activation_bits = Between(random, 0, 1) == 0 ? 32 : 8;
   if (integers) packed.attributes.group_size = 64 * Between(random, 0, 3);
@@ -241,7 +244,8 @@ int64_t RandomRows(Random& random, const Weight& weight) {
 // X as the kernels get it, rounded by the kernels under test where it is.
 struct Inputs {
   Inputs(Random& random, const Weight& weight, const Attributes& attributes, const Kernels& kernels)
-      : rows(RandomRows(random, weight)),
+      : in_parts(Between(random, 0, 1) == 0),
+        rows(RandomRows(random, weight)),
         stride(weight.pieces() * kPieceColumns),
         x(random, static_cast<size_t>(rows * stride) * 4, 4),
         quantized(random, static_cast<size_t>(rows * stride), 1),
@@ -257,7 +261,8 @@ struct Inputs {
                    rounded ? steps.as<float>() : nullptr, nullptr, 0};
     if (!kernels.wants_transposed(weight, activations)) return;
     activations.transposed_width = TransposedWidth(rows);
-    transposed = std::make_unique<Block>(random, static_cast<size_t>(stride * activations.transposed_width), 1);
+    const int64_t bytes = stride * activations.transposed_width + (in_parts ? kTransposedRows : 0);
+    transposed = std::make_unique<Block>(random, static_cast<size_t>(bytes), 1);
     Transpose(activations, 0, stride, transposed->as<int8_t>());
     activations.transposed = transposed->as<int8_t>();
   }
@@ -280,6 +285,13 @@ struct Inputs {
     return activations.x != nullptr ? static_cast<double>(activations.x[i]) : in_order[static_cast<size_t>(i)];
   }
 
+  // The rows that meet the weight: all, or some that begin anywhere, often up to the last.
+  int64_t RandomFirst(Random& random) const { return in_parts ? Between(random, 0, rows - 1) : 0; }
+  int64_t RandomCount(Random& random, int64_t first) const {
+    return in_parts && Between(random, 0, 1) == 0 ? Between(random, 1, rows - first) : rows - first;
+  }
+
+  bool in_parts;
   int64_t rows, stride;
   Block x, quantized, steps;
   std::vector<int8_t> in_order; // `quantized` by columns, before the kernels arrange it
@@ -325,11 +337,13 @@ bool MultiplyInRanges(Random& random, const Kernels& kernels, const Weight& weig
   return alone;
 }
 
-// Compares all outputs with the exact ones; returns what is wrong, or nothing.
-std::string CompareOutputs(const Packed& packed, const Weight& weight, const Inputs& inputs, const float* y,
-                           double* worst) {
-  for (int64_t i = 0; i < inputs.rows * weight.rows; ++i) {
-    const Exact exact = ExactOutput(packed, weight, inputs, i / weight.rows, i % weight.rows);
+// Compares the outputs of `count` rows of X from `first` on with the exact ones, `width` of each: those of the first rows
+// of W, or of the row's own expert. Returns what is wrong, or nothing.
+std::string CompareOutputs(const Packed& packed, const Weight& weight, const Inputs& inputs, int64_t first,
+                           int64_t count, int64_t width, const int64_t* experts, const float* y, double* worst) {
+  for (int64_t i = 0; i < count * width; ++i) {
+    const int64_t m = first + i / width;
+    const Exact exact = ExactOutput(packed, weight, inputs, m, (experts == nullptr ? 0 : experts[m] * width) + i % width);
     if (std::isnan(exact.sum)) {
       if (!std::isnan(y[i])) return "a row with a NaN or an infinity gives a number";
       continue;
@@ -345,22 +359,25 @@ std::string CompareOutputs(const Packed& packed, const Weight& weight, const Inp
   return "";
 }
 
+bool Check(const Packed& packed, const Laid& laid, Weight* weight, Message* message) {
+  return CheckAttributes(packed.attributes, message) &&
+         CheckWeight(packed.attributes, laid.tensors, weight, message);
+}
+
 // Multiplies one good matrix; returns what is wrong, or nothing.
 std::string Compare(Random& random, const Kernels& kernels, const Packed& packed, double* worst) {
   const Laid laid(random, packed);
   Weight weight;
   Message message;
-  if (!CheckAttributes(packed.attributes, &message) ||
-      !CheckWeight(packed.attributes, laid.tensors, &weight, &message)) {
-    return std::string("a good matrix is refused: ") + message.text();
-  }
+  if (!Check(packed, laid, &weight, &message)) return std::string("a good matrix is refused: ") + message.text();
   const Inputs inputs(random, weight, packed.attributes, kernels);
   if (!inputs.same) return "x is rounded to other integers or another step";
-  const Block y(random, static_cast<size_t>(inputs.rows * weight.rows) * 4, 4);
-  if (!MultiplyInRanges(random, kernels, weight, inputs.activations, y.as<float>())) {
+  const int64_t first = inputs.RandomFirst(random), count = inputs.RandomCount(random, first);
+  const Block y(random, static_cast<size_t>(count * weight.rows) * 4, 4);
+  if (!MultiplyInRanges(random, kernels, weight, inputs.activations.part(first, count), y.as<float>())) {
     return "rows outside of the strips are written";
   }
-  return CompareOutputs(packed, weight, inputs, y.as<float>(), worst);
+  return CompareOutputs(packed, weight, inputs, first, count, weight.rows, nullptr, y.as<float>(), worst);
 }
 
 // A damaged matrix is refused, or harmless: the sanitizers see the rest. Returns whether it was refused.
@@ -369,8 +386,7 @@ bool RunDamaged(Random& random, const Kernels& kernels, Packed packed) {
   const Laid laid(random, packed);
   Weight weight;
   Message message;
-  if (!CheckAttributes(packed.attributes, &message) ||
-      !CheckWeight(packed.attributes, laid.tensors, &weight, &message)) {
+  if (!Check(packed, laid, &weight, &message)) {
     if (message.empty()) std::abort();
     return true;
   }
@@ -378,6 +394,67 @@ bool RunDamaged(Random& random, const Kernels& kernels, Packed packed) {
   const Block y(random, static_cast<size_t>(inputs.rows * weight.rows) * 4, 4);
   MultiplyInRanges(random, kernels, weight, inputs.activations, y.as<float>());
   return false;
+}
+
+// One thread, which takes the tasks in any order.
+class OneThread final : public Host {
+ public:
+  explicit OneThread(Random& random) : random_(random) {}
+  ort::Status* ForEach(void (*task)(void*, size_t), size_t count, void* argument) override {
+    std::vector<size_t> indices(count);
+    for (size_t i = 0; i < count; ++i) indices[i] = i;
+    std::shuffle(indices.begin(), indices.end(), random_);
+    for (size_t i : indices) task(argument, i);
+    return nullptr;
+  }
+  ort::Status* Fail(ort::ErrorCode, const char*) override { return reinterpret_cast<ort::Status*>(this); }
+
+ private:
+  Random& random_;
+};
+
+// Which expert each row of X goes to; some experts have no rows, and sometimes one has all or most of them.
+std::vector<int64_t> RandomExperts(Random& random, int64_t rows, int64_t count) {
+  std::vector<int64_t> experts(static_cast<size_t>(rows));
+  const int64_t favourite = Between(random, 0, count - 1), share = Between(random, 0, 4);
+  for (int64_t& expert : experts) expert = Between(random, 0, 3) < share ? favourite : Between(random, 0, count - 1);
+  if (Between(random, 0, 3) == 0) std::sort(experts.begin(), experts.end());
+  return experts;
+}
+
+// Multiplies rows of X by the matrices of experts, which may be damaged; returns what is wrong, or nothing.
+std::string CompareExperts(Random& random, const Kernels& kernels, double* worst) {
+  const int64_t width = kStripRows * Between(random, 1, 3);
+  Packed packed = RandomPacked(random, width * Between(random, 1, 6));
+  const bool damaged = Between(random, 0, 3) == 0;
+  if (damaged) Damage(random, &packed);
+  const Laid laid(random, packed);
+  Weight weight;
+  Message message;
+  if (!Check(packed, laid, &weight, &message) || !CheckExperts(weight, width, &message)) {
+    return damaged ? "" : std::string("good experts are refused: ") + message.text();
+  }
+  const Inputs inputs(random, weight, packed.attributes, kernels);
+  const int64_t rows = inputs.rows, columns = weight.columns, count = weight.rows / width;
+  std::vector<int64_t> experts = RandomExperts(random, rows, count);
+  const bool wrong = Between(random, 0, 7) == 0;
+  if (wrong) {
+    const int64_t others[] = {-1, count, INT64_MIN, INT64_MAX};
+    experts[static_cast<size_t>(Between(random, 0, rows - 1))] = others[Between(random, 0, 3)];
+  }
+  const Block x(random, static_cast<size_t>(rows * columns) * 4, 4), y(random, static_cast<size_t>(rows * width) * 4, 4);
+  for (int64_t row = 0; row < rows; ++row) {
+    std::memcpy(x.as<float>() + row * columns, inputs.x.as<float>() + row * inputs.stride,
+                static_cast<size_t>(columns) * 4);
+  }
+  std::fill_n(y.as<float>(), rows * width, kUntouched);
+  OneThread thread(random);
+  const bool rounded = packed.attributes.activation_bits == 8;
+  const bool refused = MultiplyExperts(kernels, {weight, width, x.as<float>(), rows, rounded, experts.data(),
+                                                 y.as<float>()}, &thread) != nullptr;
+  if (refused != wrong) return wrong ? "an expert that is none is not noticed" : "good numbers of experts are refused";
+  if (wrong || damaged) return "";
+  return CompareOutputs(packed, weight, inputs, 0, rows, width, experts.data(), y.as<float>(), worst);
 }
 
 const Kernels* Named(const char* name) {
@@ -399,7 +476,13 @@ int Fuzz(const Kernels& kernels, int64_t rounds, uint64_t seed) {
   int64_t refused = 0;
   for (int64_t round = 0; round < rounds; ++round) {
     Random random(seed + static_cast<uint64_t>(round));
-    const Packed packed = RandomPacked(random);
+    const std::string wrong_experts = CompareExperts(random, kernels, &worst);
+    if (!wrong_experts.empty()) {
+      std::printf("%s: experts: %s: --rounds 1 --seed %llu --isa %s\n", kernels.name, wrong_experts.c_str(),
+                  static_cast<unsigned long long>(seed + static_cast<uint64_t>(round)), kernels.name);
+      return 1;
+    }
+    const Packed packed = RandomPacked(random, 0);
     const std::string wrong = Compare(random, kernels, packed, &worst);
     if (!wrong.empty()) {
       std::printf("%s: %s\n  %s, %lld x %lld, group size %lld, %lld activation bits: --rounds 1 --seed %llu --isa %s\n",

@@ -12,6 +12,7 @@ from runtime_samples import (
     attributes_of,
     exact_product,
     model_of,
+    model_of_experts,
     model_of_several,
     random_packed,
     rounded_rows,
@@ -29,6 +30,8 @@ def write_cases(folder: Path) -> None:
                 _write_good(folder, f"good-{dtype}-{bits}-{columns}", dtype, bits, rows, columns)
     for count in (2, 3):
         _write_several(folder, count)
+    for rows in (3, 40):
+        _write_experts(folder, rows)
     packed = random_packed(20, 70, "int8")
     broken = {
         "offset": ("offsets", "offsets[1] must be"),
@@ -80,6 +83,24 @@ def _write_several(folder: Path, count: int) -> None:
     for number, (y, terms) in enumerate(exact, 1):
         arrays |= {f"y{number}": y, f"terms{number}": terms}
     np.savez(folder / f"good-several-{count}.npz", allow_pickle=False, **arrays)
+
+
+def _write_experts(folder: Path, rows: int) -> None:
+    """Experts of which each gets few or many rows of x, in an external file."""
+    packed = random_packed(4 * 32, 130, "int8")
+    random = np.random.default_rng(3)
+    x = random.standard_normal((rows, 130)).astype(np.float32)
+    bias = random.standard_normal(packed.rows).astype(np.float32)
+    experts = random.integers(0, 4, rows)
+    integers, step = rounded_rows(x)
+    exact = exact_product(integers * step.astype(np.float64), packed, bias)  # type: ignore[arg-type]
+    y, terms = (of_all.reshape(rows, 4, 32)[np.arange(rows), experts] for of_all in exact)
+    tensors = tensors_of(packed, bias)
+    name = f"good-experts-{rows}"
+    move_out(tensors, folder / f"{name}.data")
+    model = model_of_experts(tensors, attributes_of(packed, 8), 32)
+    (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+    np.savez(folder / f"{name}.npz", x=x, experts=experts, y1=y, terms1=terms)
 
 
 def move_out(tensors: dict[str, onnx.TensorProto], path: Path) -> None:

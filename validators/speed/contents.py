@@ -11,7 +11,13 @@ import onnx
 from onnx import TensorProto
 
 from exporters.fragments import dtype_name, tensor_bytes
-from exporters.packed_function import WEIGHT_INPUTS, is_packed_product, weight_inputs
+from exporters.packed_function import (
+    WEIGHT_INPUTS,
+    first_weight_input,
+    is_expert_product,
+    is_packed_product,
+    weight_inputs,
+)
 from exporters.packed_read import PackedTensor
 from exporters.read import OnnxFile
 from exporters.stored import SparseTensor, StoredTensor
@@ -123,7 +129,7 @@ def _told_by_packed(
     node: onnx.NodeProto, number: int, constants: Mapping[str, StoredTensor]
 ) -> list[tuple[int, str]]:
     """The places of mask and values of one of the node's weights, and their form."""
-    mask = 1 + number * len(WEIGHT_INPUTS)
+    mask = first_weight_input(node) + number * len(WEIGHT_INPUTS)
     if len(node.input) <= mask + 1:
         return []
     values = constants.get(node.input[mask + 1])
@@ -153,6 +159,8 @@ def _bytes_per_step(tensors: Iterable[StoredTensor], consumers: Consumers) -> in
     total = 0
     for tensor in tensors:
         dtype, uses = _uses(tensor, consumers)
+        if any(is_expert_product(node) for node, _ in uses):
+            return None
         if uses and all(node.op_type in _LOOK_UPS and place == 0 for node, place in uses):
             if len(tensor.shape) > 2:
                 return None  # which experts are looked up depends on the token

@@ -1,0 +1,191 @@
+#include "ort_operator.h"
+
+#include <algorithm>
+#include <cinttypes>
+#include <new>
+
+namespace blockpress {
+namespace {
+
+ort::Status* Refuse(const Kernel& kernel, const Message& message) {
+  return Fail(kernel, ort::kInvalidArgument, message.text());
+}
+
+// Reads type, shape and address of a tensor; `dims` gets at most `capacity` axes.
+ort::Status* Describe(const Kernel& kernel, const ort::Value* value, ort::ElementType* type, int64_t* rank,
+                      int64_t* dims, int64_t capacity, const void** data) {
+  const ort::Api* api = kernel.api;
+  if (value == nullptr) return Fail(kernel, ort::kInvalidArgument, "an input is not given");
+  int is_tensor = 0;
+  if (auto* status = api->IsTensor(value, &is_tensor)) return status;
+  if (is_tensor == 0) return Fail(kernel, ort::kInvalidArgument, "an input is not a tensor");
+  ort::TypeAndShape* info = nullptr;
+  if (auto* status = api->GetTensorTypeAndShape(value, &info)) return status;
+  size_t count = 0;
+  auto* status = api->GetTensorElementType(info, type);
+  if (status == nullptr) status = api->GetDimensionsCount(info, &count);
+  if (status == nullptr) {
+    *rank = static_cast<int64_t>(count);
+    const size_t read = *rank < capacity ? count : static_cast<size_t>(capacity);
+    status = api->GetDimensions(info, dims, read);
+  }
+  api->ReleaseTypeAndShape(info);
+  if (status != nullptr) return status;
+  void* address = nullptr;
+  status = api->GetTensorMutableData(const_cast<ort::Value*>(value), &address);
+  *data = address;
+  return status;
+}
+
+ort::Status* Describe(const Kernel& kernel, const ort::Value* value, Tensor* tensor) {
+  return Describe(kernel, value, &tensor->type, &tensor->rank, tensor->dims, kMaxRank, &tensor->data);
+}
+
+// Checks one weight of an operator and says which one is wrong, where it has several.
+ort::Status* CheckInputs(const Kernel& kernel, int number, const Tensor (&inputs)[kWeightInputs], Weight* weight) {
+  Message message;
+  if (CheckWeight(kernel.attributes, inputs, weight, &message) &&
+      (!kernel.op->experts || CheckExperts(*weight, kernel.expert_rows, &message))) {
+    return nullptr;
+  }
+  if (kernel.op->weights == 1) return Refuse(kernel, message);
+  Message numbered;
+  numbered.Set("weight %d of %d: %s", number + 1, kernel.op->weights, message.text());
+  return Refuse(kernel, numbered);
+}
+
+// The place of an input of a weight among the operator's inputs.
+size_t InputIndex(const Kernel& kernel, int number, int which) {
+  return static_cast<size_t>(kernel.op->first_weight() + number * kWeightInputs + which);
+}
+
+// Checks the weights where all of them are constant, which ONNX Runtime knows when it creates the kernel.
+ort::Status* TakeConstantWeights(Kernel* kernel, const ort::KernelInfo* info) {
+  for (int i = 0; i < kernel->op->weights; ++i) {
+    Tensor inputs[kWeightInputs];
+    for (int which = 0; which < kWeightInputs; ++which) {
+      int is_constant = 0;
+      const ort::Value* value = nullptr;
+      const size_t index = InputIndex(*kernel, i, which);
+      if (auto* status = kernel->api->KernelInfoGetConstantInput(info, index, &is_constant, &value)) return status;
+      if (is_constant == 0 || value == nullptr) return nullptr;
+      if (auto* status = Describe(*kernel, value, &inputs[which])) return status;
+    }
+    if (auto* status = CheckInputs(*kernel, i, inputs, &kernel->weights[i])) return status;
+  }
+  kernel->constant = true;
+  return nullptr;
+}
+
+ort::Status* ReadAttributes(const ort::KernelInfo* info, Kernel* kernel) {
+  const ort::Api* api = kernel->api;
+  Attributes* attributes = &kernel->attributes;
+  if (auto* status = api->KernelInfoGetInt64(info, "format_version", &attributes->format_version)) return status;
+  if (auto* status = api->KernelInfoGetInt64(info, "columns", &attributes->columns)) return status;
+  if (auto* status = api->KernelInfoGetInt64(info, "group_size", &attributes->group_size)) return status;
+  if (auto* status = api->KernelInfoGetInt64(info, "activation_bits", &attributes->activation_bits)) return status;
+  Message message;
+  if (!CheckAttributes(*attributes, &message)) return Refuse(*kernel, message);
+  if (!kernel->op->experts) return nullptr;
+  if (auto* status = api->KernelInfoGetInt64(info, "expert_rows", &kernel->expert_rows)) return status;
+  return CheckExpertRows(kernel->expert_rows, &message) ? nullptr : Refuse(*kernel, message);
+}
+
+ort::Status* Fill(Kernel* kernel, const ort::KernelInfo* info) {
+  const char* error = "";
+  kernel->kernels = BestKernels(&error);
+  if (kernel->kernels == nullptr) return kernel->api->CreateStatus(ort::kInvalidArgument, error);
+  if (auto* status = ReadAttributes(info, kernel)) return status;
+  return TakeConstantWeights(kernel, info);
+}
+
+} // namespace
+
+ort::Status* Fail(const Kernel& kernel, ort::ErrorCode code, const char* message) {
+  Message whole;
+  whole.Set("%s: %s", kernel.op->name, message);
+  return kernel.api->CreateStatus(code, whole.text());
+}
+
+ort::Status* TakeInput(const Kernel& kernel, const ort::KernelContext* context, size_t index, Input* input) {
+  const ort::Value* value = nullptr;
+  if (auto* status = kernel.api->KernelContextGetInput(context, index, &value)) return status;
+  return Describe(kernel, value, &input->type, &input->rank, input->dims, kMostAxes, &input->data);
+}
+
+ort::Status* TakeX(const Kernel& kernel, const ort::KernelContext* context, Input* x, int64_t* rows) {
+  if (auto* status = TakeInput(kernel, context, 0, x)) return status;
+  Message message;
+  if (x->type != ort::kFloat) {
+    message.Set("x must be float32, but has element type %d of ONNX", static_cast<int>(x->type));
+  } else if (x->rank < 1 || x->rank > kMostAxes) {
+    message.Set("x must have 1 to %" PRId64 " axes, but has %" PRId64, kMostAxes, x->rank);
+  } else if (x->dims[x->rank - 1] != kernel.attributes.columns) {
+    message.Set("the last axis of x must be %" PRId64 ", but is %" PRId64, kernel.attributes.columns,
+                x->dims[x->rank - 1]);
+  }
+  if (!message.empty()) return Refuse(kernel, message);
+  *rows = 1;
+  for (int64_t axis = 0; axis < x->rank - 1; ++axis) {
+    if (x->dims[axis] == 0) *rows = 0;
+  }
+  // No overflow: the tensor exists, so that the product of its axes, none of which is 0, fits.
+  for (int64_t axis = 0; *rows != 0 && axis < x->rank - 1; ++axis) *rows *= x->dims[axis];
+  return nullptr;
+}
+
+ort::Status* TakeWeight(const Kernel& kernel, const ort::KernelContext* context, int number, Weight* weight) {
+  if (kernel.constant) {
+    *weight = kernel.weights[number];
+    return nullptr;
+  }
+  Tensor inputs[kWeightInputs];
+  for (int which = 0; which < kWeightInputs; ++which) {
+    const ort::Value* value = nullptr;
+    const size_t index = InputIndex(kernel, number, which);
+    if (auto* status = kernel.api->KernelContextGetInput(context, index, &value)) return status;
+    if (auto* status = Describe(kernel, value, &inputs[which])) return status;
+  }
+  return CheckInputs(kernel, number, inputs, weight);
+}
+
+ort::Status* TakeOutput(const Kernel& kernel, ort::KernelContext* context, int number, int64_t width, Input* x,
+                        float** y) {
+  *y = nullptr;
+  x->dims[x->rank - 1] = width;
+  ort::Value* output = nullptr;
+  const auto index = static_cast<size_t>(number), rank = static_cast<size_t>(x->rank);
+  if (auto* status = kernel.api->KernelContextGetOutput(context, index, x->dims, rank, &output)) return status;
+  if (std::find(x->dims, x->dims + rank, 0) != x->dims + rank) return nullptr;
+  void* data = nullptr;
+  if (auto* status = kernel.api->GetTensorMutableData(output, &data)) return status;
+  *y = static_cast<float*>(data);
+  return nullptr;
+}
+
+ort::Status* BLOCKPRESS_ORT_CALL CreateKernel(const ort::CustomOp* op, const ort::Api* api,
+                                              const ort::KernelInfo* info, void** result) {
+  auto* kernel = new (std::nothrow) Kernel{};
+  if (kernel == nullptr) return api->CreateStatus(ort::kFail, "blockpress-runtime: out of memory");
+  kernel->op = static_cast<const Operator*>(op);
+  kernel->api = api;
+  if (auto* status = Fill(kernel, info)) {
+    delete kernel;
+    return status;
+  }
+  *result = kernel;
+  return nullptr;
+}
+
+void BLOCKPRESS_ORT_CALL DestroyKernel(void* self) { delete static_cast<Kernel*>(self); }
+
+// The values have five types: "undefined" takes any, and the checks are those above.
+ort::ElementType BLOCKPRESS_ORT_CALL InputType(const ort::CustomOp* op, size_t index) {
+  constexpr ort::ElementType kTypes[kWeightInputs] = {ort::kUint8, ort::kUndefined, ort::kInt64, ort::kFloat,
+                                                      ort::kFloat};
+  const auto first = static_cast<size_t>(static_cast<const Operator*>(op)->first_weight());
+  if (index >= first) return kTypes[(index - first) % kWeightInputs];
+  return index == 0 ? ort::kFloat : ort::kInt64; // x, and which experts its rows go to
+}
+
+} // namespace blockpress
