@@ -47,6 +47,11 @@ class PrunableMatrix:
     expert: int | None = None
     transposed: bool = False
 
+    @property
+    def module(self) -> str:
+        """Path of the module that holds the parameter."""
+        return self.parameter.rpartition(".")[0]
+
     def of(self, block: nn.Module) -> Tensor:
         """W (out, in): a view into the block's parameter, outside autograd; writing changes the block."""
         return self._view(block.get_parameter(self.parameter).detach())
@@ -161,7 +166,7 @@ def observe_inputs(
     """
     modules: dict[str, list[PrunableMatrix]] = {}
     for matrix in matrices:
-        modules.setdefault(matrix.parameter.rpartition(".")[0], []).append(matrix)
+        modules.setdefault(matrix.module, []).append(matrix)
     with ExitStack() as hooks:
         for path, own in modules.items():
             hook = _experts_hook(own, receive) if own[0].expert is not None else _linear_hook(own[0], receive)

@@ -190,7 +190,8 @@ class _Packing:
         if quantized is None and not (is_pruned and weight.dtype in _FLOATS):
             self._weights.append(weight)
             return
-        uses = self._uses(weight)
+        # All packed weights of a model are of one kind, as the attributes of the operators are.
+        uses = _Uses() if quantized is None and self._quantized else self._uses(weight)
         taken = False
         if uses.products or uses.experts:
             taken = self._add_packed(weight, uses, quantized, is_pruned)

@@ -81,7 +81,7 @@ class AdaptedBlock(nn.Module):
         with ExitStack() as hooks:
             for matrix, adapter in self._pairs():
                 if matrix.expert is None:
-                    module = block.get_submodule(matrix.parameter.rpartition(".")[0])
+                    module = block.get_submodule(matrix.module)
                     hooks.callback(module.register_forward_hook(self._adding(adapter)).remove)
             yield
 

@@ -33,6 +33,7 @@ from compressor.quantization.scales import (
 from compressor.sparsity import Mask
 from compressor.statistics import BlockStatistics
 from compressor.streams import Activations
+from exporters.packing import STRIP_ROWS
 from exporters.quantized import SCALES_NAME, Quantization, QuantizedWeight, write_quantization
 
 __all__ = ["QuantizedBlock", "QuantizedModel", "QuantizingWriter", "with_quantized"]
@@ -120,7 +121,7 @@ class QuantizingWriter:
     def commit(self, index: int, block: nn.Module, masks: Mapping[str, Mask]) -> None:
         """Quantise and write the next block, in order; ``block`` itself stays as it is."""
         prefix = f"{self._source.blocks_name}.{index}"
-        matrices = prunable_matrices(block, prefix, IgnoreRules())
+        matrices = _packable(prunable_matrices(block, prefix, IgnoreRules()), block)
         nearest: Mapping[str, Rounded] = {m.name: self._nearest(m, block) for m in matrices}
         chosen, report = self._with(block, matrices, nearest), QuantizedBlock(index, None, None, False)
         rounded = nearest
@@ -196,7 +197,7 @@ class QuantizingWriter:
         return search_scales(matrix.of(block).float(), self._bits, group_size_of(self._bits), statistic)
 
     def _rounding(self, block: nn.Module, matrices: list[PrunableMatrix]) -> AbstractContextManager[None]:
-        paths = dict.fromkeys(matrix.parameter.rpartition(".")[0] for matrix in matrices)
+        paths = dict.fromkeys(matrix.module for matrix in matrices)
         return rounded_inputs(map(block.get_submodule, paths) if self._activation_bits == 8 else [])
 
     def _quantized_end(self, name: str, module: nn.Module) -> Tensor:
@@ -219,6 +220,12 @@ class QuantizingWriter:
         finally:
             for name, parameter in parameters.items():
                 parameter.data = before[name]
+
+
+def _packable(matrices: list[PrunableMatrix], block: nn.Module) -> list[PrunableMatrix]:
+    """Those that a file can hold as integers: in the packed format each expert begins with a strip of rows."""
+    uneven = {m.module for m in matrices if m.expert is not None and m.of(block).shape[0] % STRIP_ROWS}
+    return [matrix for matrix in matrices if matrix.module not in uneven]
 
 
 def _relative_error(found: Activations, expected: Activations) -> float:

@@ -92,7 +92,7 @@ def find_midpoint(block: nn.Module, io: BlockIO) -> Midpoint:
     io.inputs.ranks.from_root([hidden])  # all ranks are to find the same place
     hidden.requires_grad_(True)
     every = prunable_matrices(block, io.name, IgnoreRules())
-    owners = {matrix.parameter.rpartition(".")[0] for matrix in every}
+    owners = {matrix.module for matrix in every}
     with torch.enable_grad(), _observed(block) as calls:
         output = io.forward(block, hidden)
     generator = torch.Generator().manual_seed(0)
