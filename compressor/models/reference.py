@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compressor.models.checkpoint import Checkpoint, open_checkpoint, open_tokenizer
 from compressor.models.mapped_model import MappedModel
 from compressor.models.quiet import quiet_transformers
-from compressor.quantization.rounding import quantized_linears, rounds_its_inputs
+from compressor.quantization.rounding import quantized_modules, rounds_its_inputs
 from exporters.probe import BlockList, find_blocks
 from exporters.quantized import SCALES_NAME, read_quantization
 from validators.reference import Floats, Ids, Reference, position_ids
@@ -96,7 +96,7 @@ def reference_of(checkpoint: Checkpoint, device: torch.device) -> TorchReference
     mapped = MappedModel(checkpoint, torch.float32, device)
     quantization = read_quantization(checkpoint.folder / SCALES_NAME)
     if quantization is not None and quantization.activation_bits == 8:
-        for module in quantized_linears(mapped.model, quantization.weights):
+        for module in quantized_modules(mapped.model, quantization.weights):
             rounds_its_inputs(module)
     return TorchReference(mapped.fill_as_they_run(), device, mapped.blocks)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compressor.linears import expert_activations, is_fused_experts
 
-__all__ = ["quantized_linears", "round_activations", "rounded_inputs", "rounds_its_inputs"]
+__all__ = ["quantized_modules", "round_activations", "rounded_inputs", "rounds_its_inputs"]
 
 _LARGEST = 127
 
@@ -55,7 +55,7 @@ def rounded_inputs(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
-def quantized_linears(model: Any, names: Iterable[str]) -> list[nn.Module]:
+def quantized_modules(model: Any, names: Iterable[str]) -> list[nn.Module]:
     """The linears and fused experts of a language model whose weights are quantised, and its head, which may be tied.
 
     Args:
