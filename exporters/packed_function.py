@@ -261,7 +261,7 @@ def _several(weights: int, opset: int) -> onnx.FunctionProto:
 
 
 def _of_experts(opset: int) -> onnx.FunctionProto:
-    """The operator of experts as the product with all of them, of which each row's own is taken."""
+    """The operator of experts as the product with all of them, whose outputs are held, and each row's own taken."""
     given = ", ".join(WEIGHT_INPUTS)
     body = _EXPERTS.format(domain=DOMAIN, operator=OPERATOR, passed=_passed(), given=given)
     attributes = (*_ATTRIBUTES, "expert_rows")

@@ -8,14 +8,13 @@ one matrix, one expert's rows below the other's. What cannot be packed stays as 
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from exporters.encoding import TensorCensus, census_of_mask, encoding_bytes
 from exporters.errors import ExportError
@@ -24,6 +23,7 @@ from exporters.graph_nodes import used_nodes
 from exporters.graph_weights import GraphWeight
 from exporters.manifest import TensorRow
 from exporters.masks import nonzero_mask
+from exporters.matrix_uses import MatrixUses, UseFinder
 from exporters.packed_function import DOMAIN, DOMAIN_VERSION, MOST_WEIGHTS, fallback_functions
 from exporters.packed_nodes import (
     INT8_MIDDLE,
@@ -31,7 +31,6 @@ from exporters.packed_nodes import (
     OFFSETS,
     SCALES,
     VALUES,
-    ExpertProduct,
     Lookup,
     PackedForm,
     PackedProduct,
@@ -170,12 +169,7 @@ class _Packing:
         self, proto: onnx.ModelProto, quantized: Mapping[str, QuantizedWeight], activation_bits: int
     ) -> None:
         self._proto, self._quantized, self._bits = proto, quantized, activation_bits
-        self._consumers: dict[str, list[tuple[onnx.NodeProto, int]]] = defaultdict(list)
-        self._producers = {output: node for node in proto.graph.node for output in node.output}
-        for node in proto.graph.node:
-            for position, value in enumerate(node.input):
-                self._consumers[value].append((node, position))
-        self._constants = {constant.name: constant for constant in proto.graph.initializer}
+        self._finder = UseFinder(proto.graph)
         self._replaced: dict[int, list[onnx.NodeProto]] = {}  # by id of the node that they stand for
         self._weights: list[GraphWeight] = []
         self._packed: dict[str, PackedWeight] = {}
@@ -191,7 +185,7 @@ class _Packing:
             self._weights.append(weight)
             return
         # All packed weights of a model are of one kind, as the attributes of the operators are.
-        uses = _Uses() if quantized is None and self._quantized else self._uses(weight)
+        uses = MatrixUses() if quantized is None and self._quantized else self._finder.of(weight)
         taken = False
         if uses.products or uses.experts:
             taken = self._add_packed(weight, uses, quantized, is_pruned)
@@ -244,7 +238,7 @@ class _Packing:
             if packed is None:
                 continue
             group = by_input.get(packed.shared)
-            if group is None or len(group) == MOST_WEIGHTS or packed.product.bias in self._producers:
+            if group is None or len(group) == MOST_WEIGHTS or self._finder.is_computed(packed.product.bias):
                 group = by_input[packed.shared] = []
                 groups.append(group)
             group.append(packed)
@@ -254,86 +248,12 @@ class _Packing:
                 self._replaced[id(packed.product.node)] = nodes
                 nodes = []
 
-    def _uses(self, weight: GraphWeight) -> _Uses:
-        """What is made of the weight; nothing where it is used otherwise as well."""
-        uses = _Uses()
-        pending = [(weight.name, False)]
-        while pending:
-            value, swapped = pending.pop()
-            for node, position in self._consumers[value]:
-                if node.op_type == "Cast" and position == 0:
-                    uses.between.append(node)
-                    pending.append((node.output[0], swapped))
-                elif node.op_type == "Transpose" and _attribute(node, "perm") == [1, 0] and not swapped:
-                    uses.between.append(node)
-                    uses.transposed = True
-                    pending.append((node.output[0], True))
-                elif (product := _product(node, position, swapped)) is not None:
-                    uses.products.append(product)
-                elif position == 0 and (of_experts := self._expert_product(node)) is not None:
-                    uses.experts.append(of_experts)
-                elif (
-                    node.op_type == "Gather"
-                    and position == 0
-                    and not swapped
-                    and not _attribute(node, "axis")
-                ):
-                    uses.lookups.append(Lookup(node, node.input[1], node.output[0], _name(node)))
-                else:
-                    return _Uses()
-        return uses
-
-    def _expert_product(self, gather: onnx.NodeProto) -> ExpertProduct | None:
-        """The product of each row with the matrix that ``gather`` takes for it out of those of all experts.
-
-        As the exporter writes it: the matrices (T, N, K) times x (T, K, 1), whose last axis is taken away again.
-        """
-        experts = self._chosen_experts(gather)
-        product = self._only_user(gather, "MatMul")
-        if experts is None or product is None or product.input[0] != gather.output[0]:
-            return None
-        column, squeeze = self._producers.get(product.input[1]), self._only_user(product, "Squeeze")
-        if column is None or column.op_type != "Unsqueeze" or squeeze is None:
-            return None
-        if not self._is_last_of_three(column) or not self._is_last_of_three(squeeze):
-            return None
-        nodes = (gather, product, squeeze)
-        return ExpertProduct(nodes, column.input[0], experts, squeeze.output[0], _name(product))
-
-    def _chosen_experts(self, gather: onnx.NodeProto) -> str | None:
-        """The numbers (T,) of the matrices that the node takes."""
-        if gather.op_type == "Gather" and not _attribute(gather, "axis"):
-            return str(gather.input[1])
-        if gather.op_type != "GatherND" or _attribute(gather, "batch_dims"):
-            return None
-        column = self._producers.get(gather.input[1])
-        if column is None or column.op_type != "Unsqueeze" or self._axes(column) not in ([-1], [1]):
-            return None
-        return str(column.input[0])
-
-    def _only_user(self, node: onnx.NodeProto, op_type: str) -> onnx.NodeProto | None:
-        """The only node that uses the node's output, if it is one of this type."""
-        users = self._consumers[node.output[0]]
-        outputs = {value.name for value in self._proto.graph.output}
-        alone = len(users) == 1 and node.output[0] not in outputs
-        return users[0][0] if alone and users[0][0].op_type == op_type else None
-
-    def _is_last_of_three(self, node: onnx.NodeProto) -> bool:
-        return self._axes(node) in ([-1], [2])
-
-    def _axes(self, node: onnx.NodeProto) -> list[int] | None:
-        """The axes, a constant of the graph, of a Squeeze or an Unsqueeze."""
-        constant = self._constants.get(node.input[1]) if len(node.input) > 1 else None
-        return (
-            None if constant is None else [int(axis) for axis in numpy_helper.to_array(constant).reshape(-1)]
-        )
-
     def _add_packed(
-        self, weight: GraphWeight, uses: _Uses, quantized: QuantizedWeight | None, is_pruned: bool
+        self, weight: GraphWeight, uses: MatrixUses, quantized: QuantizedWeight | None, is_pruned: bool
     ) -> bool:
         """Pack the weight if that can be, and is smaller; whether it was."""
         rows_first = uses.products[0].rows_first if uses.products else True
-        if not uses.fit(weight.shape) or any(product.rows_first != rows_first for product in uses.products):
+        if not uses.may_be_packed(weight.shape) or any(product.rows_first != rows_first for product in uses.products):
             return False
 
         def numbers() -> NDArray[np.generic]:
@@ -446,26 +366,6 @@ class _Packing:
         )
 
 
-@dataclass
-class _Uses:
-    """What a graph makes of a weight, the nodes between, and whether a Transpose is among them."""
-
-    products: list[Product] = field(default_factory=list)
-    experts: list[ExpertProduct] = field(default_factory=list)
-    lookups: list[Lookup] = field(default_factory=list)
-    between: list[onnx.NodeProto] = field(default_factory=list)
-    transposed: bool = False
-
-    def fit(self, shape: tuple[int, ...]) -> bool:
-        """Whether a packed weight of the shape can take the weight's place in all of them."""
-        if self.lookups or self.transposed:
-            return False
-        if not self.experts:
-            return len(shape) == 2
-        # Each expert begins with a strip of its own.
-        return len(shape) == 3 and not self.products and shape[1] % STRIP_ROWS == 0
-
-
 class _LastPacked:
     """The packed form of one weight, kept until another is asked for."""
 
@@ -493,19 +393,6 @@ class _LastPacked:
 def _kind(weight: PackedWeight) -> tuple[bool, int]:
     quantized = weight.quantized
     return (False, 0) if quantized is None else (quantized.bits == 4, quantized.group_size)
-
-
-def _product(node: onnx.NodeProto, position: int, swapped: bool) -> Product | None:
-    """The product that a node makes with what enters at ``position``, if it is a plain one."""
-    if node.op_type == "MatMul" and position == 1:
-        return Product(node, node.input[0], node.output[0], None, swapped, _name(node))
-    if node.op_type != "Gemm" or position != 1 or swapped:
-        return None
-    plain = all(_attribute(node, name) in (None, 1.0) for name in ("alpha", "beta"))
-    if not plain or _attribute(node, "transA"):
-        return None
-    bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
-    return Product(node, node.input[0], node.output[0], bias, bool(_attribute(node, "transB")), _name(node))
 
 
 def _matrix(weight: GraphWeight, rows_first: bool) -> NDArray[np.generic]:
@@ -541,14 +428,3 @@ def _part(
     load: Callable[[], NDArray[np.generic]],
 ) -> GraphWeight:
     return GraphWeight(f"{weight.name}{ending}", weight.parameter, shape, dtype, False, load)
-
-
-def _attribute(node: onnx.NodeProto, name: str) -> object:
-    """The value of an attribute; None where it is not given."""
-    found: Iterator[object] = (helper.get_attribute_value(a) for a in node.attribute if a.name == name)
-    value = next(found, None)
-    return list(value) if isinstance(value, (list, tuple)) else value
-
-
-def _name(node: onnx.NodeProto) -> str:
-    return str(node.name or node.output[0])
