@@ -253,7 +253,9 @@ class _Packing:
     ) -> bool:
         """Pack the weight if that can be, and is smaller; whether it was."""
         rows_first = uses.products[0].rows_first if uses.products else True
-        if not uses.may_be_packed(weight.shape) or any(product.rows_first != rows_first for product in uses.products):
+        if not uses.may_be_packed(weight.shape) or any(
+            product.rows_first != rows_first for product in uses.products
+        ):
             return False
 
         def numbers() -> NDArray[np.generic]:
