@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import onnx_ir as ir
+from typing import Any
 
-__all__ = ["constant", "only_user", "producer", "remove_unused"]
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+__all__ = ["constant", "only_user", "producer", "remove_unused", "shared_constant"]
 
 
 def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
@@ -38,3 +41,10 @@ def remove_unused(graph: ir.Graph, node: ir.Node) -> None:
             remove_unused(graph, maker)
         elif value.name is not None and value.name in graph.initializers and not value.uses():
             del graph.initializers[value.name]
+
+
+def shared_constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
+    """The graph's constant of that name, made of ``array`` if it has none yet."""
+    if name not in graph.initializers:
+        graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
+    return graph.initializers[name]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from exporters.pattern import constant, only_user, producer, remove_unused
+from exporters.pattern import constant, only_user, producer, remove_unused, shared_constant
 
 __all__ = ["simplify_rotary_embeddings"]
 
@@ -81,13 +81,9 @@ def _signed(graph: ir.Graph, sine: ir.Value) -> ir.Value:
     assert width is not None
     assert dtype is not None
     name = f"rotary_signs_{width}_{dtype.name.lower()}"
-    if name not in graph.initializers:
-        signs = np.repeat([-1, 1], width // 2).astype(dtype.numpy())
-        graph.register_initializer(ir.val(name, const_value=ir.tensor(signs, name=name)))
+    signs = shared_constant(graph, name, np.repeat([-1, 1], width // 2).astype(dtype.numpy()))
     output = ir.Value(name=f"{sine.name}_signed", type=sine.type, shape=sine.shape)
-    product = ir.Node(
-        "", "Mul", [sine, graph.initializers[name]], outputs=[output], name=f"{output.name}_Mul"
-    )
+    product = ir.Node("", "Mul", [sine, signs], outputs=[output], name=f"{output.name}_Mul")
     graph.insert_after(maker, product)
     return output
 

@@ -25,6 +25,7 @@ from exporters.bfloat16 import widen_bfloat16
 from exporters.block_cache import BlockCache
 from exporters.errors import ExportError
 from exporters.example import ExampleSizes, example_inputs
+from exporters.grouped_query import simplify_grouped_attention
 from exporters.key_transpose import simplify_key_transposes
 from exporters.parts import ModelParts
 from exporters.probe import BlockCall, replaced_blocks
@@ -87,6 +88,7 @@ def trace_model(
     model = _traced(parts, templates, inputs, axes, opset)
     widen_bfloat16(model.graph)
     simplify_key_transposes(model.graph)
+    simplify_grouped_attention(model.graph)
     simplify_rms_norms(model.graph)
     simplify_rotary_embeddings(model.graph)
     return _named_model(model, inputs, len(templates))
