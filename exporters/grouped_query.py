@@ -28,11 +28,13 @@ class _Repeated:
         value: The repeated heads, (B, H·G, L, D).
         heads: Those that are repeated, (B, H, L, D).
         steps: The nodes that transpose and scale `value` on its way to the product, the last one first.
+        user: The first of them, or the product, and which of its inputs `value` is.
     """
 
     value: ir.Value
     heads: ir.Value
     steps: tuple[ir.Node, ...]
+    user: tuple[ir.Node, int]
 
 
 def simplify_grouped_attention(graph: ir.Graph) -> None:
@@ -47,18 +49,19 @@ def simplify_grouped_attention(graph: ir.Graph) -> None:
 def _repeated_heads(product: ir.Node) -> _Repeated | None:
     """What the product's second factor repeats; none if that is not certain."""
     steps: list[ir.Node] = []
-    value = product.inputs[1]
+    user, index = product, 1
     while True:
+        value = user.inputs[index]
         step = None if value is None else value.producer()
-        axis = None if step is None else _followed(step)
-        if step is None or axis is None or only_user(step) is None:
+        followed = None if step is None else _followed(step)
+        if step is None or followed is None or only_user(step) is None:
             break
         steps.append(step)
-        value = step.inputs[axis]
+        user, index = step, followed
     heads = _heads(value)
     if value is None or heads is None or _count(product.inputs[0]) != _count(value):
         return None
-    return _Repeated(value, heads, tuple(steps))
+    return _Repeated(value, heads, tuple(steps), (user, index))
 
 
 def _followed(node: ir.Node) -> int | None:
@@ -112,18 +115,18 @@ def _multiply_by_heads(graph: ir.Graph, product: ir.Node, repeated: _Repeated) -
     queries, heads = _count(repeated.value), _count(repeated.heads)
     assert queries is not None
     assert heads is not None
-    user = repeated.steps[-1] if repeated.steps else product
-    user.replace_input_with(list(user.inputs).index(repeated.value), repeated.heads)
+    user, index = repeated.user
+    user.replace_input_with(index, repeated.heads)
     remove_unused(graph, _maker(repeated.value))
 
     # A factor of the queries stays next to the product: ONNX Runtime makes one kernel of the two.
     scaling = producer(product.inputs[0], "Mul")
     factor = _followed(scaling) if scaling is not None and only_user(scaling) is product else None
-    first, index = (product, 0) if scaling is None or factor is None else (scaling, factor)
-    output, rows = product.outputs[0], first.inputs[index]
+    first, place = (product, 0) if scaling is None or factor is None else (scaling, factor)
+    output, rows = product.outputs[0], first.inputs[place]
     assert rows is not None
     merged = _with_heads(graph, rows, heads, f"{output.name}_rows")
-    first.replace_input_with(index, merged.outputs[0])
+    first.replace_input_with(place, merged.outputs[0])
     graph.insert_before(first, merged)
 
     apart = _with_heads(graph, output, queries, f"{output.name}_heads")

@@ -14,6 +14,7 @@
 
 BLOCKPRESS_TARGET("avx2,fma,f16c,popcnt,bmi,bmi2")
 #include "loops.h"
+#include "values.h"
 
 namespace blockpress {
 namespace {
@@ -22,10 +23,6 @@ alignas(64) constexpr auto kBytes = ExpandIndices<1>();
 alignas(64) constexpr auto kHalves = ExpandIndices<2>();
 
 inline __m128i Load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
-
-inline void Fetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
-
-inline __m256i LoadBytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 // Sixteen bytes of each in the two lanes.
 inline __m256i LoadLanes(const uint8_t* low, const uint8_t* high) {
@@ -114,76 +111,6 @@ private:
   __m256i starts_; // the number of values of the groups before
 };
 
-// int4 values are first unpacked to int8, many ahead, and then go the way of int8.
-class UnpackedInt4 {
-  static constexpr int64_t kAhead = 1024;
-
-public:
-  struct Scratch {
-    alignas(32) uint8_t values[kAhead + 4 * kPieceColumns];
-  };
-  UnpackedInt4(const uint8_t* values, const uint8_t* end, Scratch* scratch)
-      : next_(values), packed_end_(end), scratch_(scratch->values), current_(scratch_), end_(scratch_) {}
-
-  // Unpacks on, where the values of the next two pieces are not there yet.
-  void Prepare() {
-    if (end_ - current_ < 2 * kPieceColumns) Unpack();
-  }
-  // The int8 values from the current piece on.
-  const uint8_t* Current() const { return current_; }
-  // Moves on from a piece of `count` values.
-  void Skip(int64_t count) { current_ += (count + 1) / 2 * 2; }
-  const uint8_t* values() const { return next_ - (end_ - current_) / 2; }
-
-private:
-  static void Store(uint8_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-  // The int4 value in the low half of each byte.
-  static __m256i FromHalfBytes(__m256i v) {
-    return _mm256_sub_epi8(_mm256_and_si256(v, _mm256_set1_epi8(0x0f)), _mm256_set1_epi8(8));
-  }
-
-  void Unpack() {
-    const int64_t left = end_ - current_; // less than two pieces
-    for (int64_t i = 0; i < 2 * kPieceColumns; i += 32) Store(scratch_ + i, LoadBytes(current_ + i));
-    current_ = scratch_;
-    end_ = scratch_ + left;
-    const int64_t bytes = std::min(kAhead / 2, packed_end_ - next_);
-    for (int64_t i = 0; i < bytes; i += 32) {
-      Fetch(next_ + kValuesAhead + i);
-      // Its four quarters as 0, 2, 1, 3: then each interleaving gives values beside each other.
-      const __m256i pairs = _mm256_permute4x64_epi64(LoadBytes(next_ + i), 0xd8);
-      const __m256i first = FromHalfBytes(pairs), second = FromHalfBytes(_mm256_srli_epi16(pairs, 4));
-      Store(end_ + 2 * i, _mm256_unpacklo_epi8(first, second));
-      Store(end_ + 2 * i + 32, _mm256_unpackhi_epi8(first, second));
-    }
-    next_ += bytes;
-    end_ += 2 * bytes;
-  }
-
-  const uint8_t* next_; // what is not unpacked yet
-  const uint8_t* packed_end_;
-  uint8_t* scratch_;
-  uint8_t* current_;
-  uint8_t* end_; // of what is unpacked
-};
-
-struct Avx2;
-
-// Other values lie in the tensor as they are.
-template <ValueType type> class StoredValues {
-public:
-  struct Scratch {};
-  StoredValues(const uint8_t* values, const uint8_t*, Scratch*) : values_(values) {}
-  // Asks the memory for what comes later.
-  void Prepare() const { FetchValues<Avx2, type>(values_); }
-  const uint8_t* Current() const { return values_; }
-  void Skip(int64_t count) { values_ += count * ElementBytes(type); }
-  const uint8_t* values() const { return values_; }
-
-private:
-  const uint8_t* values_;
-};
-
 struct Avx2 {
   using Floats = __m256;
   static constexpr int kFloats = 8;
@@ -205,7 +132,7 @@ struct Avx2 {
     const __m128i limited = _mm_max_epi16(words, _mm_set1_epi16(-127));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(limited, limited));
   }
-  static void Fetch(const uint8_t* p) { blockpress::Fetch(p); }
+  static void Fetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
   static float Sum(Floats v) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
@@ -221,6 +148,7 @@ struct Avx2 {
   using Bytes = __m256i;
   static constexpr int kBytes = 32;
   static constexpr int kPieceVectors = 2;
+  static Bytes LoadBytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
   // Sums of products of vectors of weights and of Rows rows of X. The first factor of vpmaddubsw has no sign, so its sign
   // goes to the other; two products of at most 127 * 127 do not saturate its int16.
@@ -352,9 +280,19 @@ struct Avx2 {
     __m256i low_, high_, eights_;
   };
 
-  template <ValueType type>
-  using Values = std::conditional_t<type == ValueType::kInt4, UnpackedInt4, StoredValues<type>>;
-  template <ValueType type> using Scratch = typename Values<type>::Scratch;
+  // The int4 value in the low half of each byte.
+  static Bytes FromHalfBytes(Bytes v) {
+    return _mm256_sub_epi8(_mm256_and_si256(v, _mm256_set1_epi8(0x0f)), _mm256_set1_epi8(8));
+  }
+  static void UnpackInt4(const uint8_t* packed, int8_t* values) {
+    // Its four quarters as 0, 2, 1, 3: then each interleaving gives values beside each other.
+    const Bytes pairs = _mm256_permute4x64_epi64(LoadBytes(packed), 0xd8);
+    const Bytes first = FromHalfBytes(pairs), second = FromHalfBytes(_mm256_srli_epi16(pairs, 4));
+    StoreBytes(values, _mm256_unpacklo_epi8(first, second));
+    StoreBytes(values + kBytes, _mm256_unpackhi_epi8(first, second));
+  }
+
+  template <ValueType type> using Scratch = typename Values<Avx2, type>::Scratch;
 
   struct Constants {
     Places::Constants places;
@@ -371,10 +309,7 @@ struct Avx2 {
 
     static int64_t RowBytes(const MaskRow& mask, int64_t pieces) {
       int64_t bytes = 0;
-      for (int64_t i = 0; i < pieces; ++i) {
-        const int64_t count = CountFirst<64>(MaskWord(mask.piece(i)));
-        bytes += type == ValueType::kInt4 ? (count + 1) / 2 : count * kElement;
-      }
+      for (int64_t i = 0; i < pieces; ++i) bytes += PieceBytes<type>(CountFirst<64>(MaskWord(mask.piece(i))));
       return bytes;
     }
 
@@ -424,7 +359,7 @@ struct Avx2 {
     }
 
     const Constants& constants_;
-    Values<type> values_;
+    Values<Avx2, type> values_;
   };
 };
 

@@ -13,6 +13,14 @@
 #include <cpuid.h>
 #endif
 #endif
+#if defined(BLOCKPRESS_ARM64)
+#if defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(_WIN32)
+#include <windows.h>
+#endif
+#endif
 
 namespace blockpress {
 namespace {
@@ -75,6 +83,21 @@ bool RunsAvx512() {
 }
 
 #endif
+#if defined(BLOCKPRESS_ARM64)
+
+bool RunsNeon() {
+#if defined(__APPLE__)
+  return true; // every such Mac
+#elif defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(_WIN32)
+  return IsProcessorFeaturePresent(PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE) != 0;
+#else
+  return false;
+#endif
+}
+
+#endif
 
 struct Choice {
   const char* name;
@@ -91,6 +114,11 @@ const Choice* Choices(size_t* count) {
 #else
       {"avx512", nullptr, false},
       {"avx2", nullptr, false},
+#endif
+#if defined(BLOCKPRESS_ARM64)
+      {"neon", &kNeonKernels, RunsNeon()},
+#else
+      {"neon", nullptr, false},
 #endif
       {"scalar", &kScalarKernels, true},
   };
@@ -115,7 +143,7 @@ const Kernels* BestKernels(const char** error) {
       return nullptr;
     }
   }
-  *error = "BLOCKPRESS_RUNTIME_ISA must be scalar, avx2 or avx512, or unset for the best that this machine runs";
+  *error = "BLOCKPRESS_RUNTIME_ISA must be scalar, avx2, avx512 or neon, or unset for the best this machine runs";
   return nullptr;
 }
 

@@ -8,7 +8,7 @@
 namespace blockpress {
 
 struct Kernels {
-  const char* name; // "scalar", "avx2", "avx512"
+  const char* name; // "scalar", "avx2", "avx512", "neon"
 
   // Rows 16 * first_strip up to 16 * last_strip (not beyond W's last) of y (X.rows, W.rows) = X Wᵀ + bias, row-major.
   // `quantized` activations only with int8 and int4 values.
@@ -31,9 +31,12 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;   // AVX2, FMA, F16C, BMI, BMI2
 extern const Kernels kAvx512Kernels; // AVX-512 F, BW, DQ, VL, VBMI2, VNNI
 #endif
+#if defined(BLOCKPRESS_ARM64) || defined(BLOCKPRESS_EMULATED_NEON)
+extern const Kernels kNeonKernels; // NEON with the dot product
+#endif
 
 // The best that this machine runs, or what the environment variable BLOCKPRESS_RUNTIME_ISA names (scalar, avx2,
-// avx512); a name that this machine cannot run, or that is unknown, is null and `BestKernels` sets `error`.
+// avx512, neon); a name that this machine cannot run, or that is unknown, is null and `BestKernels` sets `error`.
 const Kernels* BestKernels(const char** error);
 
 } // namespace blockpress

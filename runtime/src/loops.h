@@ -1,6 +1,6 @@
 // Y = X Wᵀ over strips of packed rows, written once for every vector instruction set.
 //
-// An instruction set `Isa` gives (see avx2.cpp, avx512.cpp):
+// An instruction set `Isa` gives (see avx2.cpp, avx512.cpp, neon.cpp):
 //   Floats, kFloats        a vector of float32 and how many it holds; its arithmetic: Zero, Fill, Load, Store, Plus, Minus,
 //                          Times, Over, Fma(a, b, c) = a b + c, Sum, AddSums, LargerSize, StoreRounded (to int8)
 //   Bytes, kBytes          a vector of int8 and how many it holds; kPieceVectors of them are a piece

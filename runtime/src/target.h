@@ -1,4 +1,4 @@
-// Compiles all that follows for one x86 instruction set, however the rest is compiled. Include it after every other
+// Compiles all that follows for one instruction set, however the rest is compiled. Include it after every other
 // header, so that no function that other files share is compiled for a machine that may not be the one it runs on.
 #pragma once
 

@@ -461,6 +461,9 @@ const Kernels* Named(const char* name) {
 #if defined(BLOCKPRESS_X86) && defined(BLOCKPRESS_EMULATED_AVX512)
   if (std::strcmp(name, kAvx512Kernels.name) == 0) return &kAvx512Kernels;
 #endif
+#if defined(BLOCKPRESS_EMULATED_NEON)
+  if (std::strcmp(name, kNeonKernels.name) == 0) return &kNeonKernels;
+#endif
 #if defined(_WIN32)
   _putenv_s("BLOCKPRESS_RUNTIME_ISA", name);
 #else
@@ -511,7 +514,7 @@ int Main(int argc, char** argv) {
     if (option == "--isa") only = argv[i + 1];
   }
   int failed = 0;
-  for (const char* name : {"scalar", "avx2", "avx512"}) {
+  for (const char* name : {"scalar", "avx2", "avx512", "neon"}) {
     if (!only.empty() && only != name) continue;
     const Kernels* kernels = Named(name);
     if (kernels == nullptr) {

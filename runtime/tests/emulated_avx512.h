@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "emulated_half.h"
+
 namespace blockpress_emulated {
 
 template <int bytes> struct Vector {
@@ -36,14 +38,6 @@ template <class T, class V, class F> V Each(F f) {
 template <class T, class V> V ExpandAs(uint64_t mask, const V& packed) {
   int next = 0;
   return Each<T, V>([&](int i) { return (mask >> i & 1) != 0 ? Get<T>(packed, next++) : T{0}; });
-}
-inline float HalfToFloat(uint16_t half) {
-  const int exponent = half >> 10 & 31;
-  const auto fraction = static_cast<float>(half & 1023);
-  float size = std::ldexp(fraction, -24);
-  if (exponent == 31) size = fraction != 0 ? NAN : INFINITY;
-  else if (exponent != 0) size = std::ldexp(1024 + fraction, exponent - 25);
-  return (half & 0x8000) != 0 ? -size : size;
 }
 
 } // namespace blockpress_emulated
