@@ -96,6 +96,91 @@ def test_anything_else_stays(nodes: str, outputs: str) -> None:
     assert ir.serde.serialize_model(model) == before
 
 
+# The norm of transposed heads, as Gemma 3 has it; {} are what the cases change.
+NORM_OF_HEADS = """
+<ir_version: 10, opset_import: ["" : 18]>
+heads (float[B, T, 4, 6] x, float[6] w, float[B, 4, T, 6] wide) => ({outputs})
+<float two = {{2.0}}, float small = {{0.000001}}, int64[1] last = {{-1}}, int64[1] other = {{-2}}>
+{{
+  heads = Transpose <perm = {perm}> (x)
+  square = Pow (heads, two)
+  mean = ReduceMean <keepdims = 1> (square, {axis})
+  sum = Add (mean, small)
+  root = Sqrt (sum)
+  {end}
+}}
+"""
+USUAL = {
+    "perm": "[0, 2, 1, 3]",
+    "axis": "last",
+    "end": "quotient = Div (heads, root) norm = Mul (w, quotient) y = Abs (norm)",
+    "outputs": "float[B, 4, T, 6] y",
+}
+
+
+def parsed_heads(**changes: str) -> ir.Model:
+    model = onnx.parser.parse_model(NORM_OF_HEADS.format(**USUAL | changes))
+    return ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(model))
+
+
+@pytest.mark.parametrize(
+    "end", [USUAL["end"], "quotient = Div (heads, root) norm = Mul (quotient, w) y = Abs (norm)"]
+)
+def test_heads_are_transposed_behind_their_norm(end: str) -> None:
+    """The norm takes what was transposed; only the order in which a mean is summed may differ."""
+    model, after = parsed_heads(end=end), parsed_heads(end=end)
+    simplify_rms_norms(after.graph)
+    assert op_types(after.graph) == ["Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul", "Transpose", "Abs"]
+    generator = np.random.default_rng(0)
+    feeds = {
+        "x": generator.standard_normal((2, 3, 4, 6)).astype(np.float32),
+        "w": generator.standard_normal(6).astype(np.float32),
+        "wide": np.zeros((2, 4, 3, 6), np.float32),
+    }
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    found = []
+    for one in (model, after):
+        proto = ir.serde.serialize_model(one)
+        onnx.checker.check_model(proto, full_check=True)
+        session = onnxruntime.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        found.append(np.asarray(session.run(None, feeds)[0]))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "perm": "[0, 3, 1, 2]",
+            "outputs": "float[B, 6, T, 4] quotient",
+            "end": "quotient = Div (heads, root)",
+        },
+        {"axis": "other"},
+        {"end": "quotient = Div (heads, root) y = Mul (w, quotient)"},
+        {"end": "quotient = Div (heads, root) norm = Mul (wide, quotient) y = Abs (norm)"},
+        {"end": "quotient = Div (heads, root) norm = Add (w, quotient) y = Abs (norm)"},
+        {
+            "end": "quotient = Div (wide, root) norm = Mul (w, quotient) more = Div (heads, wide) y = Add (norm, more)"
+        },
+        {"end": "quotient = Div (root, heads) norm = Mul (w, quotient) y = Abs (norm)"},
+        {"end": "quotient = Div (heads, root) norm = Mul (w, quotient) y = Add (norm, heads)"},
+        {
+            "end": "quotient = Div (heads, root) norm = Mul (w, quotient) y = Abs (norm)",
+            "outputs": "float[B, 4, T, 6] y, float[B, 4, T, 6] heads",
+        },
+    ],
+)
+def test_transposition_of_anything_else_stays(changes: dict[str, str]) -> None:
+    """Another axis, weight or use would be another result: the graph is left as it is."""
+    model = parsed_heads(**changes)
+    before = ir.serde.serialize_model(model)
+    simplify_rms_norms(model.graph)
+    assert ir.serde.serialize_model(model) == before
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_exporter_still_writes_what_is_simplified(dtype: torch.dtype, tmp_path: Path) -> None:
