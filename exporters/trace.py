@@ -27,6 +27,7 @@ from exporters.errors import ExportError
 from exporters.example import ExampleSizes, example_inputs
 from exporters.grouped_query import simplify_grouped_attention
 from exporters.key_transpose import simplify_key_transposes
+from exporters.masked_softmax import simplify_masked_softmax
 from exporters.parts import ModelParts
 from exporters.probe import BlockCall, replaced_blocks
 from exporters.rms_norm import simplify_rms_norms
@@ -89,6 +90,7 @@ def trace_model(
     widen_bfloat16(model.graph)
     simplify_key_transposes(model.graph)
     simplify_grouped_attention(model.graph)
+    simplify_masked_softmax(model.graph)
     simplify_rms_norms(model.graph)
     simplify_rotary_embeddings(model.graph)
     return _named_model(model, inputs, len(templates))
