@@ -49,7 +49,7 @@ demo: $(RUNTIME)
 	$(BIN)/compress bench build/demo/int8.onnx --html build/demo/bench.html
 
 test: $(RUNTIME)
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2
 
 # An hour: runs killed at every named point and at 200 random moments, and a full disk at every write.
 faults: $(INSTALLED)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from exporters.pattern import only_user, producer, remove_unused, shared_constant
+from exporters.pattern import only_user, producer, remove_unused, replace_uses, shared_constant
 
 __all__ = ["simplify_grouped_attention"]
 
@@ -131,9 +131,8 @@ def _multiply_by_heads(graph: ir.Graph, product: ir.Node, repeated: _Repeated) -
 
     apart = _with_heads(graph, output, queries, f"{output.name}_heads")
     apart.outputs[0].shape = output.shape
-    for use in list(output.uses()):
-        if use.node is not apart:
-            use.node.replace_input_with(use.idx, apart.outputs[0])
+    replace_uses(output, apart.outputs[0])
+    apart.replace_input_with(0, output)
     graph.insert_after(product, apart)
     for changed in {*repeated.steps, first, product}:
         changed.outputs[0].shape = None

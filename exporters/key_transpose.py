@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from exporters.pattern import constant, only_user, producer, remove_unused
+from exporters.pattern import constant, only_user, producer, remove_unused, replace_uses
 
 __all__ = ["simplify_key_transposes"]
 
@@ -76,6 +76,5 @@ def _swap(graph: ir.Graph, keys: ir.Value, last: ir.Node) -> None:
     graph.insert_before(
         last, ir.Node("", "Transpose", [keys], [perm], outputs=[output], name=f"{output.name}_Transpose")
     )
-    for use in list(old.uses()):
-        use.node.replace_input_with(use.idx, output)
+    replace_uses(old, output)
     remove_unused(graph, last)

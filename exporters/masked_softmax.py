@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from exporters.pattern import only_user, producer, remove_unused
+from exporters.pattern import only_user, producer, remove_unused, replace_uses
 
 __all__ = ["simplify_masked_softmax"]
 
@@ -23,18 +23,15 @@ def simplify_masked_softmax(graph: ir.Graph) -> None:
     for node in list(graph):
         guard = _guard(node) if node.op_type == "Softmax" and _has_finite_mask(node) else None
         if guard is not None:
-            for use in list(guard.outputs[0].uses()):
-                use.node.replace_input_with(use.idx, node.outputs[0])
+            replace_uses(guard.outputs[0], node.outputs[0])
             remove_unused(graph, guard)
 
 
 def _has_finite_mask(softmax: ir.Node) -> bool:
     """Whether a choice between two finite numbers of float32 is added to the scores of the softmax."""
     added = producer(softmax.inputs[0], "Add")
-    masks = (
-        [] if added is None else [node for v in added.inputs if (node := producer(v, "Where")) is not None]
-    )
-    return any(all(_is_finite(value) for value in mask.inputs[1:]) for mask in masks)
+    masks = [producer(value, "Where") for value in added.inputs] if added is not None else []
+    return any(mask is not None and all(map(_is_finite, mask.inputs[1:])) for mask in masks)
 
 
 def _guard(softmax: ir.Node) -> ir.Node | None:

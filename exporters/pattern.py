@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-__all__ = ["constant", "only_user", "producer", "remove_unused", "shared_constant"]
+__all__ = ["constant", "only_user", "producer", "remove_unused", "replace_uses", "shared_constant"]
 
 
 def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
@@ -41,6 +41,12 @@ def remove_unused(graph: ir.Graph, node: ir.Node) -> None:
             remove_unused(graph, maker)
         elif value.name is not None and value.name in graph.initializers and not value.uses():
             del graph.initializers[value.name]
+
+
+def replace_uses(old: ir.Value, new: ir.Value) -> None:
+    """Let every node that uses the old value use the new one."""
+    for use in list(old.uses()):
+        use.node.replace_input_with(use.idx, new)
 
 
 def shared_constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from exporters.pattern import constant, only_user, producer
+from exporters.pattern import constant, only_user, producer, replace_uses
 
 __all__ = ["simplify_rms_norms"]
 
@@ -72,11 +72,10 @@ def _rank(value: ir.Value | None) -> int:
 def _transpose_behind(graph: ir.Graph, transpose: ir.Node, norm: list[ir.Node]) -> None:
     """Take the norm of what is transposed, and transpose the result."""
     result, x = norm[-1].outputs[0], transpose.inputs[0]
+    assert x is not None
     output = ir.Value(name=f"{result.name}_transposed", type=result.type, shape=result.shape)
-    for use in list(result.uses()):
-        use.node.replace_input_with(use.idx, output)
-    for use in list(transpose.outputs[0].uses()):
-        use.node.replace_input_with(use.idx, x)
+    replace_uses(result, output)
+    replace_uses(transpose.outputs[0], x)
     graph.remove(transpose, safe=True)
     perm = transpose.attributes["perm"]
     behind = ir.Node("", "Transpose", [result], [perm], outputs=[output], name=f"{output.name}_Transpose")

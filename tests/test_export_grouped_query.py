@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from architectures import build
 from exported_models import exported
+from small_graphs import op_types, results
 
 from exporters.causal_lm import LoadedParts, build_graph
 from exporters.grouped_query import simplify_grouped_attention
@@ -46,17 +46,6 @@ USUAL = {
 
 def parsed(**changes: str) -> ir.Model:
     return ir.serde.deserialize_model(onnx.parser.parse_model(GRAPH.format(**USUAL | changes)))
-
-
-def op_types(graph: ir.Graph) -> list[str]:
-    return [node.op_type for node in graph]
-
-
-def results(model: ir.Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-    proto = ir.serde.serialize_model(model)
-    onnx.checker.check_model(proto, full_check=True)
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    return [np.asarray(result) for result in session.run(None, feeds)]
 
 
 @pytest.mark.parametrize(

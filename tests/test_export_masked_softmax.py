@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from architectures import build
 from exported_models import exported
+from small_graphs import op_types, results
 
 from exporters.causal_lm import LoadedParts, build_graph
 from exporters.masked_softmax import simplify_masked_softmax
@@ -46,10 +46,6 @@ def parsed(infinite: bool = False, **changes: str) -> ir.Model:
     return ir.serde.deserialize_model(proto)
 
 
-def op_types(graph: ir.Graph) -> list[str]:
-    return [node.op_type for node in graph]
-
-
 @pytest.mark.parametrize("masked", ["Add (scores, mask)", "Add (mask, scores)"])
 def test_softmax_of_finite_masks_is_taken_as_it_is(masked: str) -> None:
     """The numbers are the same bit for bit, also of a query that may see no key."""
@@ -60,12 +56,7 @@ def test_softmax_of_finite_masks_is_taken_as_it_is(masked: str) -> None:
     seen = generator.random((2, 3, 5)) < 0.5
     seen[0, 0] = False
     feeds = {"scores": generator.standard_normal((2, 3, 5)).astype(np.float32) * 50, "seen": seen}
-    found = []
-    for one in (model, after):
-        proto = ir.serde.serialize_model(one)
-        onnx.checker.check_model(proto, full_check=True)
-        session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-        found.append(np.asarray(session.run(None, feeds)[0]))
+    found = [results(one, feeds)[0] for one in (model, after)]
     assert np.isfinite(found[0]).all()
     assert found[0].tobytes() == found[1].tobytes()
 

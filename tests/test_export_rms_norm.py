@@ -14,6 +14,7 @@ import torch
 import transformers
 from architectures import build
 from exported_models import exported
+from small_graphs import op_types, results
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from exporters.causal_lm import BlockGraph, LoadedParts, build_graph
@@ -33,10 +34,6 @@ norm (float[B, 6] x, float[B, 1] v) => (float[B, 6] y{outputs})
 
 def parsed(nodes: str, outputs: str = "") -> ir.Model:
     return ir.serde.deserialize_model(onnx.parser.parse_model(GRAPH.format(nodes=nodes, outputs=outputs)))
-
-
-def op_types(graph: ir.Graph) -> list[str]:
-    return [node.op_type for node in graph]
 
 
 def optimised(path: Path) -> Counter[str]:
@@ -137,16 +134,7 @@ def test_heads_are_transposed_behind_their_norm(end: str) -> None:
         "w": generator.standard_normal(6).astype(np.float32),
         "wide": np.zeros((2, 4, 3, 6), np.float32),
     }
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    found = []
-    for one in (model, after):
-        proto = ir.serde.serialize_model(one)
-        onnx.checker.check_model(proto, full_check=True)
-        session = onnxruntime.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        found.append(np.asarray(session.run(None, feeds)[0]))
+    found = [results(one, feeds, optimise=False)[0] for one in (model, after)]
     np.testing.assert_allclose(found[0], found[1], rtol=1e-6, atol=0)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from architectures import build
 from exported_models import exported
+from small_graphs import op_types
 from torch import Tensor, nn
 from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
@@ -48,10 +49,6 @@ USUAL = {
 def parsed(**changes: str) -> ir.Model:
     model = onnx.parser.parse_model(GRAPH.format(**USUAL | changes))
     return ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(model))
-
-
-def op_types(graph: ir.Graph) -> list[str]:
-    return [node.op_type for node in graph]
 
 
 def results(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> np.ndarray:
