@@ -175,7 +175,7 @@ class Delivery:
     def _export(self) -> Manifest:
         settings = self._recipe.export
         parts = export_parts(self._hf, self._subject.dtype, trust_remote_code=self._subject.trust_remote_code)
-        graph = build_graph(parts, opset=settings.opset)
+        graph = build_graph(parts, opset=settings.opset, joined_attention=settings.joins_attention)
         with self._measure.stage("export: block check"):
             check_blocks(parts, graph)
         packed = self._packed(graph) if settings.packs else None

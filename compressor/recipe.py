@@ -300,6 +300,8 @@ class ExportRecipe(_Section):
     activation_bits: Literal[8, 32] | None = (
         None  # of what enters a linear; None: 8 for int8 and int4, else 32
     )
+    # auto: in packed exports one operator for each block's attention where that can be; standard: none
+    attention: Literal["auto", "standard"] = "auto"
     opset: Annotated[int, Field(ge=18, le=23)] = 18
 
     @property
@@ -311,6 +313,11 @@ class ExportRecipe(_Section):
     def packs(self) -> bool:
         """Whether sparse weights are packed."""
         return self.encoding == "packed" or self.weight_bits is not None
+
+    @property
+    def joins_attention(self) -> bool:
+        """Whether a block's attention becomes one operator where that can be."""
+        return self.packs and self.attention == "auto"
 
     @property
     def used_activation_bits(self) -> int:

@@ -141,6 +141,7 @@ class BlockCutter:
             ),
             opset_imports=list(graph.proto.opset_import),
             ir_version=graph.proto.ir_version,
+            functions=list(graph.proto.functions),
         )
         return BlockCut(proto, {rename(n): weight for n, weight in weights.items()})
 

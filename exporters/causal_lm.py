@@ -15,6 +15,7 @@ from exporters.block_cache import BlockCache
 from exporters.errors import ExportError
 from exporters.example import ExampleSizes, example_tokens
 from exporters.graph_weights import GraphWeight
+from exporters.packed_function import DOMAIN, DOMAIN_VERSION
 from exporters.parts import LoadedParts, ModelParts
 from exporters.probe import capture
 from exporters.stitch import stitch
@@ -51,7 +52,11 @@ class BlockGraph:
 
 
 def build_graph(
-    parts: ModelParts, *, opset: int = DEFAULT_OPSET, progress: Callable[[str], None] | None = None
+    parts: ModelParts,
+    *,
+    opset: int = DEFAULT_OPSET,
+    joined_attention: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> BlockGraph:
     """Return the graph of a causal language model with dynamic batch, sequence and past lengths.
 
@@ -60,6 +65,8 @@ def build_graph(
 
     Args:
         opset: 18 works for every supported architecture; from 23 on the graph has Attention nodes.
+        joined_attention: Whether each block's attention becomes one operator of ours where that can be; the
+            graph has its meaning in standard operators beside it.
         progress: Called with the name of each step as it begins: "probe", "trace", "stitch".
 
     Raises:
@@ -74,10 +81,13 @@ def build_graph(
     inputs["past_key_values"] = BlockCache(sizes.past)
     templates = find_templates(parts, capture(parts.model, inputs, parts.blocks), sizes.past)
     clock.begin("trace")
-    traced = trace_model(parts, templates, opset, sizes)
+    traced = trace_model(parts, templates, opset, sizes, joined_attention=joined_attention)
     clock.begin("stitch")
     stitched = stitch(parts, templates, traced, opset)
     proto = ir.to_proto(stitched.model)
+    if traced.functions:
+        proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+        proto.functions.extend(traced.functions)
     clock.end()
     return BlockGraph(
         proto=proto,

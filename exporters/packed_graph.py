@@ -216,7 +216,8 @@ class _Packing:
             if len(kinds) != 1:
                 raise ValueError(f"packed weights of several kinds in one model: {sorted(kinds)}")
             int4, group_size = next(iter(kinds))
-            self._proto.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+            if all(entry.domain != DOMAIN for entry in self._proto.opset_import):
+                self._proto.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
             operators = {node.op_type for node in nodes if node.domain == DOMAIN}
             self._proto.functions.extend(
                 fallback_functions(

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-__all__ = ["constant", "only_user", "producer", "remove_unused", "replace_uses", "shared_constant"]
+__all__ = [
+    "columns",
+    "constant",
+    "only_user",
+    "permutes",
+    "producer",
+    "remove_unused",
+    "replace_uses",
+    "shared_constant",
+    "sizes_of",
+]
 
 
 def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
@@ -27,6 +38,31 @@ def constant(value: ir.Value | None) -> list[int] | None:
     if value is None or value.const_value is None:
         return None
     return [int(number) for number in value.const_value.numpy().reshape(-1)]
+
+
+def columns(node: ir.Node, rank: int, width: int) -> range | None:
+    """Which columns of the last axis a Slice takes; none if that is not certain, or it takes less of another axis."""
+    bounds = [constant(bound) for bound in node.inputs[1:]]
+    if len(bounds) == 3:
+        bounds.append([1])
+    if len(bounds) != 4 or any(bound is None or len(bound) != 1 for bound in bounds):
+        return None
+    (start,), (end,), (axis,), (step,) = (bound for bound in bounds if bound is not None)
+    return range(width)[start:end] if axis in (-1, rank - 1) and step == 1 else None
+
+
+def sizes_of(value: ir.Value | None) -> list[int | str | None]:
+    """The sizes of the value's axes, each a number, a name, or none where it is not known; empty without a shape."""
+    if value is None or value.shape is None:
+        return []
+    return [size.value if isinstance(size, ir.SymbolicDim) else size for size in value.shape]
+
+
+def permutes(node: ir.Node | None, order: Sequence[int]) -> bool:
+    """Whether the node puts the axes into that order."""
+    if node is None or node.op_type != "Transpose":
+        return False
+    return list(node.attributes["perm"].as_ints()) == list(order)
 
 
 def remove_unused(graph: ir.Graph, node: ir.Node) -> None:

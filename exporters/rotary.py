@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from exporters.pattern import constant, only_user, producer, remove_unused, shared_constant
+from exporters.pattern import columns, only_user, producer, remove_unused, shared_constant
 
 __all__ = ["simplify_rotary_embeddings"]
 
@@ -49,19 +49,8 @@ def _rotated_value(negated: ir.Node, joined: ir.Node) -> ir.Value | None:
     axis = joined.attributes["axis"].as_int()
     if axis not in (-1, len(x.shape) - 1) or len(joined.inputs) != 2:
         return None
-    columns = [_columns(node, len(x.shape), width) for node in (first, second)]
-    return x if columns == [range(width // 2), range(width // 2, width)] else None
-
-
-def _columns(node: ir.Node, rank: int, width: int) -> range | None:
-    """Which columns of the last axis a Slice takes; none if that is not certain, or it takes less of another axis."""
-    bounds = [constant(bound) for bound in node.inputs[1:]]
-    if len(bounds) == 3:
-        bounds.append([1])
-    if len(bounds) != 4 or any(bound is None or len(bound) != 1 for bound in bounds):
-        return None
-    (start,), (end,), (axis,), (step,) = (bound for bound in bounds if bound is not None)
-    return range(width)[start:end] if axis in (-1, rank - 1) and step == 1 else None
+    found = [columns(node, len(x.shape), width) for node in (first, second)]
+    return x if found == [range(width // 2), range(width // 2, width)] else None
 
 
 def _width(value: ir.Value | None) -> int | None:

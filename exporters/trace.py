@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from exporters.bfloat16 import widen_bfloat16
 from exporters.block_cache import BlockCache
+from exporters.cached_attention import attention_functions, join_cached_attention
 from exporters.errors import ExportError
 from exporters.example import ExampleSizes, example_inputs
 from exporters.grouped_query import simplify_grouped_attention
@@ -63,6 +65,7 @@ class TracedModel:
         head_hidden: The hidden state that enters the epilogue.
         weights: Weights of prologue and epilogue by their full name.
         embedded: The hidden state that leaves the prologue.
+        functions: Those of the operators that are no standard ones.
     """
 
     graph: ir.Graph
@@ -74,12 +77,21 @@ class TracedModel:
     weights: Mapping[str, ir.Value]
     embedded: ir.Value
     logits: ir.Value
+    functions: tuple[onnx.FunctionProto, ...] = ()
 
 
 def trace_model(
-    parts: ModelParts, templates: Sequence[Template], opset: int, sizes: ExampleSizes
+    parts: ModelParts,
+    templates: Sequence[Template],
+    opset: int,
+    sizes: ExampleSizes,
+    *,
+    joined_attention: bool = False,
 ) -> TracedModel:
     """Return prologue, templates and epilogue as one graph with dynamic batch, length and past.
+
+    Args:
+        joined_attention: Whether each block's attention becomes one operator of ours where that can be.
 
     Raises:
         ExportError: E-EXPORT-TRACE when PyTorch cannot trace the model, E-EXPORT-OPSET when it cannot write
@@ -93,7 +105,9 @@ def trace_model(
     simplify_masked_softmax(model.graph)
     simplify_rms_norms(model.graph)
     simplify_rotary_embeddings(model.graph)
-    return _named_model(model, inputs, len(templates))
+    if joined_attention:
+        join_cached_attention(model.graph)
+    return _named_model(model, inputs, len(templates), attention_functions(model.graph, opset))
 
 
 def _traced(
@@ -207,7 +221,12 @@ def _cause(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _named_model(model: ir.Model, inputs: dict[str, Any], templates: int) -> TracedModel:
+def _named_model(
+    model: ir.Model,
+    inputs: dict[str, Any],
+    templates: int,
+    functions: tuple[onnx.FunctionProto, ...],
+) -> TracedModel:
     """Return the graph, its inputs and outputs by role; the exporter keeps their order, not their names."""
     graph = model.graph
     _, structure = pytree.tree_flatten(inputs)
@@ -237,4 +256,5 @@ def _named_model(model: ir.Model, inputs: dict[str, Any], templates: int) -> Tra
         weights=given["weights"],
         embedded=embedded,
         logits=logits,
+        functions=functions,
     )

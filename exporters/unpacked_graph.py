@@ -1,5 +1,7 @@
 """The inverse of ``packed_graph``: packed and integer weights as plain float32 matrices in plain products.
 
+Attention that is one operator of ours becomes standard operators again: those of an export that has none of ours.
+
 What another tool quantised is left as it is: only the shapes that ``packed_nodes`` makes are known here.
 """
 
@@ -15,6 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
+from exporters.attention_function import called_nodes, is_attention
 from exporters.graph_nodes import used_nodes
 from exporters.packed_function import DOMAIN, is_expert_product, is_packed_product, weight_inputs
 from exporters.packed_nodes import MASK, SCALES
@@ -43,6 +46,8 @@ class DenseWeight:
 def unpack_graph(proto: onnx.ModelProto, stored: Mapping[str, StoredTensor]) -> dict[str, DenseWeight]:
     """Make plain products of all packed and integer ones, and return the weights that they need, by name.
 
+    Attention becomes standard operators.
+
     Args:
         proto: The graph; changed. The old initializers are no longer used in it.
         stored: The initializers of the file.
@@ -51,8 +56,11 @@ def unpack_graph(proto: onnx.ModelProto, stored: Mapping[str, StoredTensor]) -> 
         ExportError: E-ONNX-*: the file does not hold a bias, or experts have one. Loading a weight may raise the same.
     """
     work = _Unpacking(proto.graph, stored)
+    functions = {function.name: function for function in proto.functions if function.domain == DOMAIN}
     for node in proto.graph.node:
-        if is_expert_product(node):
+        if is_attention(node):
+            work.unpack_attention(node, functions)
+        elif is_expert_product(node):
             work.unpack_experts(node)
         elif is_packed_product(node):
             work.unpack(node)
@@ -97,6 +105,38 @@ class _Unpacking:
             product = f"{output}.unbiased"
             nodes.append(_node("MatMul", [node.input[0], weight], product, name))
             nodes.append(_node("Add", [product, bias], output, f"{name}/bias"))
+
+    def unpack_attention(self, node: NodeProto, functions: Mapping[str, onnx.FunctionProto]) -> None:
+        """Replace attention by the nodes of its function."""
+        if node.op_type not in functions:
+            raise packed_error(node.name, f"{node.op_type} without its function")
+        nodes = self.replaced[id(node)] = called_nodes(node, functions[node.op_type])
+        following = self._down(node, ["Reshape"])
+        shape = None if following is None else self._stored.get(following.input[1])
+        if following is not None and shape is not None and shape.load().all():
+            # A reshape to rows needs none before it.
+            following.input[0] = nodes[-1].input[0]
+        self._transpose_once(node, nodes)
+
+    def _transpose_once(self, node: NodeProto, nodes: list[NodeProto]) -> None:
+        """Transpose what queries, keys and values are split from, once, as it stands in a standard export."""
+        split = self._producers.get(node.input[0])
+        if split is None or split.op_type != "Split" or sorted(split.output) != sorted(node.input[:3]):
+            return
+        if [a.i for a in split.attribute if a.name == "axis"] not in ([3], [-1]) or len(split.input) != 1:
+            return
+        by_head = {inner.input[0]: inner for inner in nodes if inner.op_type == "Transpose"}
+        if not by_head.keys() >= set(split.output) or any(len(self._consumers[x]) > 1 for x in split.output):
+            return
+        transposes = [by_head[x] for x in split.output]
+        name = f"{node.name}/by_head"
+        first = NodeProto.FromString(transposes[0].SerializeToString())
+        first.input[0], first.output[0] = split.input[0], name
+        second = NodeProto.FromString(split.SerializeToString())
+        second.input[0] = name
+        second.output[:] = [inner.output[0] for inner in transposes]
+        self.replaced[id(split)] = [first, second]
+        self.replaced[id(node)] = [inner for inner in nodes if all(inner is not one for one in transposes)]
 
     def unpack_experts(self, node: NodeProto) -> None:
         """Replace an operator of packed experts by the choice of their matrices and a product with each."""

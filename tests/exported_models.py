@@ -26,10 +26,16 @@ Past = Mapping[str, NDArray[Any]]
 class Exported:
     """A model, its exported graph, and a session that runs it."""
 
-    def __init__(self, model: transformers.PreTrainedModel, parts: LoadedParts, opset: int = 18) -> None:
+    def __init__(
+        self,
+        model: transformers.PreTrainedModel,
+        parts: LoadedParts,
+        opset: int = 18,
+        joined_attention: bool = False,
+    ) -> None:
         self.model = model
         self.parts = parts
-        self.graph: BlockGraph = build_graph(parts, opset=opset)
+        self.graph: BlockGraph = build_graph(parts, opset=opset, joined_attention=joined_attention)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             write_model(self.graph.proto, self.graph.weights, path, "model.onnx.data", encoding="dense")

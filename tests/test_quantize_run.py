@@ -151,6 +151,21 @@ def test_export_quantizes_to_int4_without_calibration(int8: CompressionResult, t
     assert result.report["quantization"]["blocks"][0]["error"] is None
 
 
+def test_packed_exports_have_an_operator_for_attention_unless_told(
+    int8: CompressionResult, tmp_path: Path
+) -> None:
+    """One for each block, and its meaning beside it; with ``export.attention: standard`` neither."""
+    recipe = read_recipe(None, {"evaluation.max_windows": 2, "calibration.seqlen": 24})
+    settings = ExportRecipe(dtype="int8", attention="standard")
+    recipe = recipe.model_copy(update={"export": settings})
+    standard = export(int8.out.with_suffix(".hf"), tmp_path / "m.onnx", recipe)
+    assert standard.passed is True
+    for result, count in ((int8, 2), (standard, 0)):
+        proto = read_model(result.out).proto
+        assert [node.op_type for node in proto.graph.node].count("RotaryAttention") == count
+        assert ("RotaryAttention" in {function.name for function in proto.functions}) is (count > 0)
+
+
 def _parts(path: Path, ending: str) -> tuple[int, int]:
     """Where the first part of this name lies in the data file: offset and length."""
     for tensor in onnx.load(path, load_external_data=False).graph.initializer:

@@ -117,7 +117,7 @@ NEAREST = [
     ({"sparsity": 0.5}, "sparsity", "did you mean pruning.sparsity?"),
     ({"recovery": {"sparsity": 0.5}}, "recovery.sparsity", "did you mean pruning.sparsity?"),
     ({"calibration": {"seed": 1}}, "calibration.seed", "did you mean seed?"),
-    ({"export": {"zzz": 1}}, "export.zzz", "export has dtype, encoding, activation_bits, opset"),
+    ({"export": {"zzz": 1}}, "export.zzz", "export has dtype, encoding, activation_bits, attention, opset"),
 ]
 
 

@@ -112,7 +112,7 @@ class _Examination:
     tasks: dict[str, tuple[TaskResult, ...]] = field(default_factory=dict)
     _loaded_tasks: LoadedTasks | None = field(default=None, init=False)
     _graph: FileGraph | None = field(default=None, init=False)  # where it runs block by block
-    _library: bool = field(default=False, init=False)  # whether packed weights are multiplied as they lie
+    _library: bool = field(default=False, init=False)  # whether its operators run, not the file's functions
     _rounds_inputs: bool = field(default=False, init=False)
     _reference_key: str = field(default="recovered", init=False)  # the version that the file was made of
 
@@ -131,7 +131,7 @@ class _Examination:
 
     def load(self, structure: Structure) -> Session:
         """The file loaded, its cost noted."""
-        if structure.packed:
+        if structure.own_operators:
             lacking = packed_runtime()
             self._library = lacking is None
             if lacking is not None:
@@ -195,11 +195,11 @@ class _Examination:
 
     def _fallback_case(self, structure: Structure, model: CausalLM) -> tuple[ParityCase, Floats] | None:
         """A few tokens and the logits that the library gives; a skipped check where there is nothing to compare."""
-        if not structure.packed and FALLBACK_CHECK not in self.request.require:
+        if not structure.own_operators and FALLBACK_CHECK not in self.request.require:
             return None
         windows = self._windows(self.request.parity_ids_path or self.request.windows_path)
         why = {
-            "there are no packed weights": not structure.packed,
+            "there are no operators of the library in it": not structure.own_operators,
             "the library is not here, so that all checks are of the fallback": not self._library,
             "no text was given": windows is None,
         }

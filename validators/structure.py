@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # ships no type information
 
+from exporters.attention_function import is_own_operator
 from exporters.manifest import Manifest
 from exporters.masks import read_masks
 from exporters.packed_read import PackedTensor, has_integer_weights, rounds_inputs
@@ -34,6 +35,7 @@ class Structure:
         stored_dtype: The type that most bytes of floating constants have; None without any.
         watched: The files as they were when the examination began.
         packed: Whether there are packed weights.
+        own_operators: Whether there are operators of blockpress-runtime, for weights or attention.
         quantized: Whether weights are integers times scales.
         rounds_inputs: Whether the graph rounds what enters products with them.
     """
@@ -45,6 +47,7 @@ class Structure:
     stored_dtype: str | None
     watched: WatchedFiles
     packed: bool
+    own_operators: bool
     quantized: bool
     rounds_inputs: bool
 
@@ -86,6 +89,7 @@ def examine_structure(request: ValidationRequest, on_progress: OnProgress = igno
         stored_dtype=survey.stored_dtype(),
         watched=watched,
         packed=any(isinstance(tensor, PackedTensor) for tensor in model.tensors),
+        own_operators=any(is_own_operator(node) for node in model.proto.graph.node),
         quantized=has_integer_weights(model.tensors),
         rounds_inputs=rounds_inputs(model.proto.graph.node),
     )

@@ -96,7 +96,7 @@ def _sizes(speed: Speed) -> SpeedTable:
             byte_size(model.working_bytes),
             short_duration(figure(model.load_s).median),
             str(model.contents.products),
-            (model.library or MISSING_LIBRARY) if model.contents.packed_products else "-",
+            (model.library or MISSING_LIBRARY) if model.contents.has_own_operators else "-",
         )
         for model in speed.models
     )

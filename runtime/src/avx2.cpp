@@ -13,6 +13,7 @@
 #include "target.h"
 
 BLOCKPRESS_TARGET("avx2,fma,f16c,popcnt,bmi,bmi2")
+#include "attention_loops.h"
 #include "loops.h"
 #include "values.h"
 
@@ -125,6 +126,18 @@ struct Avx2 {
   static Floats Fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats LargerSize(Floats size, Floats v) {
     return _mm256_max_ps(size, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v));
+  }
+  static Floats Larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+  static Floats PowerOfTwo(Floats n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+  }
+  static void CopyAround(const float* from, int64_t count, float* to) {
+    int64_t i = 0;
+    if (reinterpret_cast<uintptr_t>(to) % 32 == 0) {
+      for (; i + kFloats <= count; i += kFloats) _mm256_stream_ps(to + i, Load(from + i));
+      _mm_sfence();
+    }
+    std::copy_n(from + i, count - i, to + i);
   }
   static void StoreRounded(int8_t* p, Floats v) {
     const __m256i q = _mm256_cvtps_epi32(v);
@@ -365,7 +378,8 @@ struct Avx2 {
 
 } // namespace
 
-extern const Kernels kAvx2Kernels = {"avx2", Multiply<Avx2>, Quantize<Avx2>, Arrange<Avx2>, WantsTransposed<Avx2>};
+extern const Kernels kAvx2Kernels = {"avx2", Multiply<Avx2>, Quantize<Avx2>, Arrange<Avx2>, WantsTransposed<Avx2>,
+                                     Attend<Avx2>};
 
 } // namespace blockpress
 

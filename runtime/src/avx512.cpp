@@ -22,6 +22,7 @@ BLOCKPRESS_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vnni,avx
 #pragma GCC diagnostic ignored "-Wuninitialized" // GCC 12 warns of its own headers: their undefined vectors are meant
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
+#include "attention_loops.h"
 #include "loops.h"
 
 namespace blockpress {
@@ -40,6 +41,18 @@ struct Avx512 {
   static Floats Over(Floats a, Floats b) { return _mm512_div_ps(a, b); }
   static Floats Fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats LargerSize(Floats size, Floats v) { return _mm512_max_ps(size, _mm512_abs_ps(v)); }
+  static Floats Larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+  static Floats PowerOfTwo(Floats n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+  }
+  static void CopyAround(const float* from, int64_t count, float* to) {
+    int64_t i = 0;
+    if (reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+      for (; i + kFloats <= count; i += kFloats) _mm512_stream_ps(to + i, Load(from + i));
+      _mm_sfence();
+    }
+    std::copy_n(from + i, count - i, to + i);
+  }
   static void StoreRounded(int8_t* p, Floats v) {
     const __m512i q = _mm512_min_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(127));
     const __m512i limited = _mm512_max_epi32(q, _mm512_set1_epi32(-127));
@@ -225,7 +238,8 @@ struct Avx512 {
 } // namespace
 
 extern const Kernels kAvx512Kernels = {"avx512", Multiply<Avx512>, Quantize<Avx512>, Arrange<Avx512>,
-                                       WantsTransposed<Avx512>};
+                                       WantsTransposed<Avx512>,
+                                       Attend<Avx512>};
 
 } // namespace blockpress
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "attention.h"
 #include "weight.h"
 
 namespace blockpress {
@@ -24,8 +25,12 @@ struct Kernels {
 
   // Whether `multiply` needs `transposed` for these.
   bool (*wants_transposed)(const Weight& weight, const Activations& activations);
+
+  // Calculates y of the task's rows, or its part of the softmax (attention.h).
+  void (*attend)(const Attention& attention, const AttentionTask& task);
 };
 
+void AttendScalar(const Attention& attention, const AttentionTask& task);
 extern const Kernels kScalarKernels;
 #if defined(BLOCKPRESS_X86)
 extern const Kernels kAvx2Kernels;   // AVX2, FMA, F16C, BMI, BMI2

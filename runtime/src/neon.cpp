@@ -19,6 +19,7 @@
 #if !defined(BLOCKPRESS_EMULATED_NEON) && !defined(__ARM_FEATURE_DOTPROD)
 BLOCKPRESS_TARGET("arch=armv8.2-a+dotprod")
 #endif
+#include "attention_loops.h"
 #include "loops.h"
 #include "values.h"
 
@@ -90,6 +91,11 @@ struct Neon {
 #endif
   }
   static Floats LargerSize(Floats size, Floats v) { return vmaxq_f32(size, vabsq_f32(v)); }
+  static Floats Larger(Floats a, Floats b) { return vmaxq_f32(a, b); }
+  static Floats PowerOfTwo(Floats n) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23));
+  }
+  static void CopyAround(const float* from, int64_t count, float* to) { std::copy_n(from, count, to); }
   static void StoreRounded(int8_t* p, Floats v) {
     const int16x4_t words = vqmovn_s32(vmaxq_s32(vcvtnq_s32_f32(v), vdupq_n_s32(-127)));
     const int8x8_t bytes = vqmovn_s16(vcombine_s16(words, words));
@@ -272,7 +278,8 @@ struct Neon {
 
 } // namespace
 
-extern const Kernels kNeonKernels = {"neon", Multiply<Neon>, Quantize<Neon>, Arrange<Neon>, WantsTransposed<Neon>};
+extern const Kernels kNeonKernels = {"neon", Multiply<Neon>, Quantize<Neon>, Arrange<Neon>, WantsTransposed<Neon>,
+                                     Attend<Neon>};
 
 } // namespace blockpress
 

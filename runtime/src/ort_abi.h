@@ -74,6 +74,9 @@ class Api {
   Status* KernelInfoGetInt64(const KernelInfo* info, const char* name, int64_t* out) const {
     return Slot<Status*, const KernelInfo*, const char*, int64_t*>(86)(info, name, out);
   }
+  Status* KernelInfoGetFloat(const KernelInfo* info, const char* name, float* out) const {
+    return Slot<Status*, const KernelInfo*, const char*, float*>(85)(info, name, out);
+  }
   Status* KernelContextGetInput(const KernelContext* context, size_t index, const Value** value) const {
     return Slot<Status*, const KernelContext*, size_t, const Value**>(90)(context, index, value);
   }

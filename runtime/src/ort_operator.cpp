@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cinttypes>
-#include <new>
 
 namespace blockpress {
 namespace {
@@ -12,13 +11,13 @@ ort::Status* Refuse(const Kernel& kernel, const Message& message) {
 }
 
 // Reads type, shape and address of a tensor; `dims` gets at most `capacity` axes.
-ort::Status* Describe(const Kernel& kernel, const ort::Value* value, ort::ElementType* type, int64_t* rank,
+ort::Status* Describe(const Node& node, const ort::Value* value, ort::ElementType* type, int64_t* rank,
                       int64_t* dims, int64_t capacity, const void** data) {
-  const ort::Api* api = kernel.api;
-  if (value == nullptr) return Fail(kernel, ort::kInvalidArgument, "an input is not given");
+  const ort::Api* api = node.api;
+  if (value == nullptr) return Fail(node, ort::kInvalidArgument, "an input is not given");
   int is_tensor = 0;
   if (auto* status = api->IsTensor(value, &is_tensor)) return status;
-  if (is_tensor == 0) return Fail(kernel, ort::kInvalidArgument, "an input is not a tensor");
+  if (is_tensor == 0) return Fail(node, ort::kInvalidArgument, "an input is not a tensor");
   ort::TypeAndShape* info = nullptr;
   if (auto* status = api->GetTensorTypeAndShape(value, &info)) return status;
   size_t count = 0;
@@ -37,8 +36,8 @@ ort::Status* Describe(const Kernel& kernel, const ort::Value* value, ort::Elemen
   return status;
 }
 
-ort::Status* Describe(const Kernel& kernel, const ort::Value* value, Tensor* tensor) {
-  return Describe(kernel, value, &tensor->type, &tensor->rank, tensor->dims, kMaxRank, &tensor->data);
+ort::Status* Describe(const Node& node, const ort::Value* value, Tensor* tensor) {
+  return Describe(node, value, &tensor->type, &tensor->rank, tensor->dims, kMaxRank, &tensor->data);
 }
 
 // Checks one weight of an operator and says which one is wrong, where it has several.
@@ -91,26 +90,36 @@ ort::Status* ReadAttributes(const ort::KernelInfo* info, Kernel* kernel) {
   return CheckExpertRows(kernel->expert_rows, &message) ? nullptr : Refuse(*kernel, message);
 }
 
-ort::Status* Fill(Kernel* kernel, const ort::KernelInfo* info) {
-  const char* error = "";
-  kernel->kernels = BestKernels(&error);
-  if (kernel->kernels == nullptr) return kernel->api->CreateStatus(ort::kInvalidArgument, error);
-  if (auto* status = ReadAttributes(info, kernel)) return status;
-  return TakeConstantWeights(kernel, info);
-}
-
 } // namespace
 
-ort::Status* Fail(const Kernel& kernel, ort::ErrorCode code, const char* message) {
+ort::Status* Fail(const Node& node, ort::ErrorCode code, const char* message) {
   Message whole;
-  whole.Set("%s: %s", kernel.op->name, message);
-  return kernel.api->CreateStatus(code, whole.text());
+  whole.Set("%s: %s", node.name, message);
+  return node.api->CreateStatus(code, whole.text());
 }
 
-ort::Status* TakeInput(const Kernel& kernel, const ort::KernelContext* context, size_t index, Input* input) {
+ort::Status* TakeTensor(const Node& node, const ort::KernelContext* context, size_t index, Tensor* tensor) {
   const ort::Value* value = nullptr;
-  if (auto* status = kernel.api->KernelContextGetInput(context, index, &value)) return status;
-  return Describe(kernel, value, &input->type, &input->rank, input->dims, kMostAxes, &input->data);
+  if (auto* status = node.api->KernelContextGetInput(context, index, &value)) return status;
+  return Describe(node, value, tensor);
+}
+
+ort::Status* MakeOutput(const Node& node, ort::KernelContext* context, size_t index, const int64_t* dims, size_t rank,
+                        float** data) {
+  *data = nullptr;
+  ort::Value* output = nullptr;
+  if (auto* status = node.api->KernelContextGetOutput(context, index, dims, rank, &output)) return status;
+  if (std::find(dims, dims + rank, 0) != dims + rank) return nullptr;
+  void* memory = nullptr;
+  if (auto* status = node.api->GetTensorMutableData(output, &memory)) return status;
+  *data = static_cast<float*>(memory);
+  return nullptr;
+}
+
+ort::Status* TakeInput(const Node& node, const ort::KernelContext* context, size_t index, Input* input) {
+  const ort::Value* value = nullptr;
+  if (auto* status = node.api->KernelContextGetInput(context, index, &value)) return status;
+  return Describe(node, value, &input->type, &input->rank, input->dims, kMostAxes, &input->data);
 }
 
 ort::Status* TakeX(const Kernel& kernel, const ort::KernelContext* context, Input* x, int64_t* rows) {
@@ -151,30 +160,21 @@ ort::Status* TakeWeight(const Kernel& kernel, const ort::KernelContext* context,
 
 ort::Status* TakeOutput(const Kernel& kernel, ort::KernelContext* context, int number, int64_t width, Input* x,
                         float** y) {
-  *y = nullptr;
   x->dims[x->rank - 1] = width;
-  ort::Value* output = nullptr;
-  const auto index = static_cast<size_t>(number), rank = static_cast<size_t>(x->rank);
-  if (auto* status = kernel.api->KernelContextGetOutput(context, index, x->dims, rank, &output)) return status;
-  if (std::find(x->dims, x->dims + rank, 0) != x->dims + rank) return nullptr;
-  void* data = nullptr;
-  if (auto* status = kernel.api->GetTensorMutableData(output, &data)) return status;
-  *y = static_cast<float*>(data);
-  return nullptr;
+  return MakeOutput(kernel, context, static_cast<size_t>(number), x->dims, static_cast<size_t>(x->rank), y);
 }
 
 ort::Status* BLOCKPRESS_ORT_CALL CreateKernel(const ort::CustomOp* op, const ort::Api* api,
                                               const ort::KernelInfo* info, void** result) {
-  auto* kernel = new (std::nothrow) Kernel{};
-  if (kernel == nullptr) return api->CreateStatus(ort::kFail, "blockpress-runtime: out of memory");
-  kernel->op = static_cast<const Operator*>(op);
-  kernel->api = api;
-  if (auto* status = Fill(kernel, info)) {
-    delete kernel;
-    return status;
-  }
-  *result = kernel;
-  return nullptr;
+  const auto* of = static_cast<const ProductOperator*>(op);
+  Kernel* kernel = nullptr;
+  if (auto* status = MakeNode(of->name, api, &kernel)) return status;
+  kernel->op = of;
+  auto* status = ReadAttributes(info, kernel);
+  if (status == nullptr) status = TakeConstantWeights(kernel, info);
+  if (status != nullptr) delete kernel;
+  else *result = kernel;
+  return status;
 }
 
 void BLOCKPRESS_ORT_CALL DestroyKernel(void* self) { delete static_cast<Kernel*>(self); }
@@ -183,7 +183,7 @@ void BLOCKPRESS_ORT_CALL DestroyKernel(void* self) { delete static_cast<Kernel*>
 ort::ElementType BLOCKPRESS_ORT_CALL InputType(const ort::CustomOp* op, size_t index) {
   constexpr ort::ElementType kTypes[kWeightInputs] = {ort::kUint8, ort::kUndefined, ort::kInt64, ort::kFloat,
                                                       ort::kFloat};
-  const auto first = static_cast<size_t>(static_cast<const Operator*>(op)->first_weight());
+  const auto first = static_cast<size_t>(static_cast<const ProductOperator*>(op)->first_weight());
   if (index >= first) return kTypes[(index - first) % kWeightInputs];
   return index == 0 ? ort::kFloat : ort::kInt64; // x, and which experts its rows go to
 }

@@ -4,6 +4,7 @@
 #include <climits>
 #include <cstddef>
 #include <cstdint>
+#include <new>
 
 #include "checks.h"
 #include "kernels.h"
@@ -19,20 +20,36 @@ constexpr int kMostWeights = 3; // of one operator
 // What ONNX Runtime is given; it hands the address back at every call.
 struct Operator : ort::CustomOp {
   const char* name;
+  int inputs, outputs;
+};
+
+// A product with packed weights.
+struct ProductOperator : Operator {
   int weights;
   bool experts; // whether the weights are those of experts: input 1 then says which
 
-  int first_weight() const { return experts ? 2 : 1; } // among the inputs
+  constexpr int first_weight() const { return experts ? 2 : 1; } // among the inputs
 };
 
-extern const Operator kSparseMatMul[kMostWeights];
-extern const Operator kSparseExpertMatMul;
+struct AttentionOperator : Operator {
+  bool rotates; // queries and keys, by the tables that are the last two inputs
+};
+
+extern const ProductOperator kSparseMatMul[kMostWeights];
+extern const ProductOperator kSparseExpertMatMul;
+extern const AttentionOperator kCachedAttention;
+extern const AttentionOperator kRotaryAttention;
 
 // A node of a model.
-struct Kernel {
-  const Operator* op;
+struct Node {
+  const char* name; // of its operator
   const ort::Api* api;
   const Kernels* kernels;
+};
+
+// One that multiplies by weights.
+struct Kernel : Node {
+  const ProductOperator* op;
   Attributes attributes;
   int64_t expert_rows; // 0 where there are no experts
   bool constant;       // the weights are the same at every run, and `weights` holds them, checked
@@ -40,21 +57,21 @@ struct Kernel {
 };
 
 // An error of the node, which begins with the operator's name.
-ort::Status* Fail(const Kernel& kernel, ort::ErrorCode code, const char* message);
+ort::Status* Fail(const Node& node, ort::ErrorCode code, const char* message);
 
 // The threads of a session.
 class Session final : public Host {
  public:
-  Session(const Kernel& kernel, const ort::KernelContext* context) : kernel_(kernel), context_(context) {}
+  Session(const Node& node, const ort::KernelContext* context) : node_(node), context_(context) {}
   ort::Status* ForEach(void (*task)(void*, size_t), size_t count, void* argument) override {
-    return kernel_.api->KernelContextParallelFor(context_, task, count, argument);
+    return node_.api->KernelContextParallelFor(context_, task, count, argument);
   }
   ort::Status* Fail(ort::ErrorCode code, const char* message) override {
-    return blockpress::Fail(kernel_, code, message);
+    return blockpress::Fail(node_, code, message);
   }
 
  private:
-  const Kernel& kernel_;
+  const Node& node_;
   const ort::KernelContext* context_;
 };
 
@@ -68,7 +85,14 @@ struct Input {
   int64_t dims[kMostAxes];
 };
 
-ort::Status* TakeInput(const Kernel& kernel, const ort::KernelContext* context, size_t index, Input* input);
+ort::Status* TakeInput(const Node& node, const ort::KernelContext* context, size_t index, Input* input);
+
+// The same of a tensor of at most kMaxRank axes, or of those of another.
+ort::Status* TakeTensor(const Node& node, const ort::KernelContext* context, size_t index, Tensor* tensor);
+
+// Output `index` of this shape; `data` is null where it is empty.
+ort::Status* MakeOutput(const Node& node, ort::KernelContext* context, size_t index, const int64_t* dims, size_t rank,
+                        float** data);
 
 // x, checked; `rows` is the product of its leading axes.
 ort::Status* TakeX(const Kernel& kernel, const ort::KernelContext* context, Input* x, int64_t* rows);
@@ -81,41 +105,64 @@ ort::Status* TakeWeight(const Kernel& kernel, const ort::KernelContext* context,
 ort::Status* TakeOutput(const Kernel& kernel, ort::KernelContext* context, int number, int64_t width, Input* x,
                         float** y);
 
+// What creates and destroys the nodes of products.
 ort::Status* BLOCKPRESS_ORT_CALL CreateKernel(const ort::CustomOp* op, const ort::Api* api,
                                               const ort::KernelInfo* info, void** result);
 void BLOCKPRESS_ORT_CALL DestroyKernel(void* self);
 ort::ElementType BLOCKPRESS_ORT_CALL InputType(const ort::CustomOp* op, size_t index);
 
-constexpr Operator MakeOperator(const char* name, int weights, bool experts,
-                                ort::Status*(BLOCKPRESS_ORT_CALL* compute)(void* self, ort::KernelContext*)) {
-  Operator op{};
-  op.name = name;
+// A node of no weights yet, or an error; null where there is no memory.
+template <class Made>
+ort::Status* MakeNode(const char* name, const ort::Api* api, Made** node) {
+  *node = new (std::nothrow) Made{};
+  if (*node == nullptr) return api->CreateStatus(ort::kFail, "blockpress-runtime: out of memory");
+  const char* error = "";
+  (*node)->name = name;
+  (*node)->api = api;
+  (*node)->kernels = BestKernels(&error);
+  if ((*node)->kernels != nullptr) return nullptr;
+  delete *node;
+  return api->CreateStatus(ort::kInvalidArgument, error);
+}
+
+// What all operators have in common.
+constexpr void FillOperator(const char* name, int inputs, int outputs, Operator* op) {
+  op->name = name;
+  op->inputs = inputs;
+  op->outputs = outputs;
+  op->version = ort::kApiVersion;
+  op->GetName = [](const ort::CustomOp* self) { return static_cast<const Operator*>(self)->name; };
+  op->GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return "CPUExecutionProvider"; };
+  op->GetInputType = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
+  op->GetInputTypeCount = [](const ort::CustomOp* self) {
+    return static_cast<size_t>(static_cast<const Operator*>(self)->inputs);
+  };
+  op->GetOutputType = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
+  op->GetOutputTypeCount = [](const ort::CustomOp* self) {
+    return static_cast<size_t>(static_cast<const Operator*>(self)->outputs);
+  };
+  op->GetInputCharacteristic = [](const ort::CustomOp*, size_t) { return 0; };
+  op->GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return 0; };
+  op->GetInputMemoryType = [](const ort::CustomOp*, size_t) { return 0; };
+  op->GetVariadicInputMinArity = [](const ort::CustomOp*) { return 1; };
+  op->GetVariadicInputHomogeneity = [](const ort::CustomOp*) { return 1; };
+  op->GetVariadicOutputMinArity = [](const ort::CustomOp*) { return 1; };
+  op->GetVariadicOutputHomogeneity = [](const ort::CustomOp*) { return 1; };
+  op->GetStartVersion = [](const ort::CustomOp*) { return 1; };
+  op->GetEndVersion = [](const ort::CustomOp*) { return INT_MAX; };
+}
+
+using ComputeFunction = ort::Status*(BLOCKPRESS_ORT_CALL*)(void* self, ort::KernelContext*);
+
+constexpr ProductOperator MakeProductOperator(const char* name, int weights, bool experts, ComputeFunction compute) {
+  ProductOperator op{};
   op.weights = weights;
   op.experts = experts;
-  op.version = ort::kApiVersion;
-  op.GetName = [](const ort::CustomOp* self) { return static_cast<const Operator*>(self)->name; };
-  op.GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return "CPUExecutionProvider"; };
+  FillOperator(name, op.first_weight() + weights * kWeightInputs, weights, &op);
   op.GetInputType = &InputType;
-  op.GetInputTypeCount = [](const ort::CustomOp* self) {
-    const auto& of = *static_cast<const Operator*>(self);
-    return static_cast<size_t>(of.first_weight() + of.weights * kWeightInputs);
-  };
-  op.GetOutputType = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
-  op.GetOutputTypeCount = [](const ort::CustomOp* self) {
-    return static_cast<size_t>(static_cast<const Operator*>(self)->weights);
-  };
-  op.KernelDestroy = &DestroyKernel;
-  op.GetInputCharacteristic = [](const ort::CustomOp*, size_t) { return 0; };
-  op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return 0; };
-  op.GetInputMemoryType = [](const ort::CustomOp*, size_t) { return 0; };
-  op.GetVariadicInputMinArity = [](const ort::CustomOp*) { return 1; };
-  op.GetVariadicInputHomogeneity = [](const ort::CustomOp*) { return 1; };
-  op.GetVariadicOutputMinArity = [](const ort::CustomOp*) { return 1; };
-  op.GetVariadicOutputHomogeneity = [](const ort::CustomOp*) { return 1; };
   op.CreateKernelV2 = &CreateKernel;
   op.KernelComputeV2 = compute;
-  op.GetStartVersion = [](const ort::CustomOp*) { return 1; };
-  op.GetEndVersion = [](const ort::CustomOp*) { return INT_MAX; };
+  op.KernelDestroy = &DestroyKernel;
   return op;
 }
 

@@ -25,10 +25,13 @@ BLOCKPRESS_EXPORT ort::Status* BLOCKPRESS_ORT_CALL RegisterCustomOps(ort::Sessio
   // The options keep the domain's address, and nothing says when they end: a domain for each, never freed.
   ort::CustomOpDomain* domain = nullptr;
   if (auto* status = api->CreateCustomOpDomain("blockpress", &domain)) return status;
-  for (const blockpress::Operator& op : blockpress::kSparseMatMul) {
-    if (auto* status = api->CustomOpDomainAdd(domain, &op)) return status;
+  using blockpress::kSparseMatMul;
+  const blockpress::Operator* const operators[] = {
+      &kSparseMatMul[0],          &kSparseMatMul[1], &kSparseMatMul[2], &blockpress::kSparseExpertMatMul,
+      &blockpress::kCachedAttention, &blockpress::kRotaryAttention};
+  for (const blockpress::Operator* op : operators) {
+    if (auto* status = api->CustomOpDomainAdd(domain, op)) return status;
   }
-  if (auto* status = api->CustomOpDomainAdd(domain, &blockpress::kSparseExpertMatMul)) return status;
   return api->AddCustomOpDomain(options, domain);
 }
 

@@ -145,6 +145,7 @@ bool WantsTransposed(const Weight&, const Activations&) { return false; }
 
 } // namespace
 
-extern const Kernels kScalarKernels = {"scalar", &Multiply, &Quantize, &Arrange, &WantsTransposed};
+extern const Kernels kScalarKernels = {"scalar", &Multiply, &Quantize, &Arrange, &WantsTransposed,
+                                       &AttendScalar};
 
 } // namespace blockpress

@@ -49,6 +49,6 @@ ort::Status* BLOCKPRESS_ORT_CALL Compute(void* self, ort::KernelContext* context
 
 } // namespace
 
-extern const Operator kSparseExpertMatMul = MakeOperator("SparseExpertMatMul", 1, true, &Compute);
+extern const ProductOperator kSparseExpertMatMul = MakeProductOperator("SparseExpertMatMul", 1, true, &Compute);
 
 } // namespace blockpress

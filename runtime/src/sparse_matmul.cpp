@@ -30,8 +30,8 @@ ort::Status* BLOCKPRESS_ORT_CALL Compute(void* self, ort::KernelContext* context
 
 } // namespace
 
-extern const Operator kSparseMatMul[kMostWeights] = {MakeOperator("SparseMatMul", 1, false, &Compute),
-                                                     MakeOperator("SparseMatMul2", 2, false, &Compute),
-                                                     MakeOperator("SparseMatMul3", 3, false, &Compute)};
+extern const ProductOperator kSparseMatMul[kMostWeights] = {MakeProductOperator("SparseMatMul", 1, false, &Compute),
+                                                            MakeProductOperator("SparseMatMul2", 2, false, &Compute),
+                                                            MakeProductOperator("SparseMatMul3", 3, false, &Compute)};
 
 } // namespace blockpress

@@ -10,43 +10,17 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "checks.h"
 #include "experts.h"
+#include "fuzz_attention.h"
+#include "fuzz_tools.h"
 #include "kernels.h"
 
 namespace blockpress {
 namespace {
-
-constexpr double kTolerance = 1e-6; // of the sum of the sizes of a product's terms
-constexpr float kUntouched = 12345.5f;
-
-using Random = std::mt19937_64;
-
-int64_t Between(Random& random, int64_t low, int64_t high) {
-  return std::uniform_int_distribution<int64_t>(low, high)(random);
-}
-
-float Normal(Random& random) { return std::normal_distribution<float>()(random); }
-
-// Memory of exactly `bytes`, at an address that is a multiple of `alignment` and, mostly, of nothing more.
-class Block {
- public:
-  Block(Random& random, size_t bytes, size_t alignment)
-      : shift_(alignment * static_cast<size_t>(Between(random, 0, 15))), memory_(new uint8_t[shift_ + bytes]()) {}
-
-  template <typename T>
-  T* as() const {
-    return reinterpret_cast<T*>(memory_.get() + shift_);
-  }
-
- private:
-  size_t shift_;
-  std::unique_ptr<uint8_t[]> memory_;
-};
 
 // The bytes of the tensors before they are laid out, which may then be damaged.
 struct Packed {
@@ -396,23 +370,6 @@ bool RunDamaged(Random& random, const Kernels& kernels, Packed packed) {
   return false;
 }
 
-// One thread, which takes the tasks in any order.
-class OneThread final : public Host {
- public:
-  explicit OneThread(Random& random) : random_(random) {}
-  ort::Status* ForEach(void (*task)(void*, size_t), size_t count, void* argument) override {
-    std::vector<size_t> indices(count);
-    for (size_t i = 0; i < count; ++i) indices[i] = i;
-    std::shuffle(indices.begin(), indices.end(), random_);
-    for (size_t i : indices) task(argument, i);
-    return nullptr;
-  }
-  ort::Status* Fail(ort::ErrorCode, const char*) override { return reinterpret_cast<ort::Status*>(this); }
-
- private:
-  Random& random_;
-};
-
 // Which expert each row of X goes to; some experts have no rows, and sometimes one has all or most of them.
 std::vector<int64_t> RandomExperts(Random& random, int64_t rows, int64_t count) {
   std::vector<int64_t> experts(static_cast<size_t>(rows));
@@ -475,13 +432,19 @@ const Kernels* Named(const char* name) {
 
 int Fuzz(const Kernels& kernels, int64_t rounds, uint64_t seed) {
   static constexpr const char* kTypeNames[] = {"float32", "float16", "bfloat16", "int8", "int4"};
-  double worst = 0;
+  double worst = 0, worst_attention = 0;
   int64_t refused = 0;
   for (int64_t round = 0; round < rounds; ++round) {
     Random random(seed + static_cast<uint64_t>(round));
     const std::string wrong_experts = CompareExperts(random, kernels, &worst);
     if (!wrong_experts.empty()) {
       std::printf("%s: experts: %s: --rounds 1 --seed %llu --isa %s\n", kernels.name, wrong_experts.c_str(),
+                  static_cast<unsigned long long>(seed + static_cast<uint64_t>(round)), kernels.name);
+      return 1;
+    }
+    const std::string wrong_attention = CompareAttention(random, kernels, &worst_attention);
+    if (!wrong_attention.empty()) {
+      std::printf("%s: attention: %s: --rounds 1 --seed %llu --isa %s\n", kernels.name, wrong_attention.c_str(),
                   static_cast<unsigned long long>(seed + static_cast<uint64_t>(round)), kernels.name);
       return 1;
     }
@@ -498,8 +461,8 @@ int Fuzz(const Kernels& kernels, int64_t rounds, uint64_t seed) {
     }
     if (RunDamaged(random, kernels, packed)) ++refused;
   }
-  std::printf("%s: %lld rounds, largest error %.2g, %lld of as many damaged matrices refused\n", kernels.name,
-              static_cast<long long>(rounds), worst, static_cast<long long>(refused));
+  std::printf("%s: %lld rounds, largest error %.2g, of attention %.2g, %lld of as many damaged matrices refused\n",
+              kernels.name, static_cast<long long>(rounds), worst, worst_attention, static_cast<long long>(refused));
   return 0;
 }
 

@@ -84,6 +84,7 @@ BLOCKPRESS_INTEGERS(_mm512_or_si512, uint64_t, (x | y))
 BLOCKPRESS_INTEGERS(_mm512_and_si512, uint64_t, (x & y))
 BLOCKPRESS_INTEGERS(_mm512_add_epi8, uint8_t, (x + y))
 BLOCKPRESS_INTEGERS(_mm512_sub_epi8, uint8_t, (x - y))
+BLOCKPRESS_INTEGERS(_mm512_add_epi32, uint32_t, (x + y))
 BLOCKPRESS_INTEGERS(_mm512_sub_epi32, uint32_t, (x - y))
 BLOCKPRESS_INTEGERS(_mm512_min_epi32, int32_t, (x < y ? x : y))
 BLOCKPRESS_INTEGERS(_mm512_max_epi32, int32_t, (x > y ? x : y))
@@ -125,6 +126,8 @@ inline __m512 _mm512_loadu_ps(const void* p) { return blockpress_emulated::LoadA
 inline __m512i _mm512_loadu_si512(const void* p) { return blockpress_emulated::LoadAs<__m512i>(p); }
 inline __m256i _mm256_loadu_si256(const void* p) { return blockpress_emulated::LoadAs<__m256i>(p); }
 inline void _mm512_storeu_ps(void* p, const __m512& v) { std::memcpy(p, v.raw, 64); }
+inline void _mm512_stream_ps(void* p, const __m512& v) { std::memcpy(p, v.raw, 64); }
+inline void _mm_sfence() {}
 inline void _mm512_storeu_si512(void* p, const __m512i& v) { std::memcpy(p, v.raw, 64); }
 inline void _mm_storeu_si128(void* p, const __m128i& v) { std::memcpy(p, v.raw, 16); }
 

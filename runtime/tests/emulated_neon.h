@@ -59,6 +59,7 @@ BLOCKPRESS_LANES(vmaxq_f32, float32x4_t, float32x4_t, float32x4_t, (a.lane[i] > 
 BLOCKPRESS_LANES(vpaddq_f32, float32x4_t, float32x4_t, float32x4_t,
                  (i < 2 ? a.lane[2 * i] + a.lane[2 * i + 1] : b.lane[2 * i - 4] + b.lane[2 * i - 3]))
 BLOCKPRESS_LANES(vaddq_s32, int32x4_t, int32x4_t, int32x4_t, (a.lane[i] + b.lane[i]))
+BLOCKPRESS_LANES(vshlq_n_s32, int32x4_t, int32x4_t, int, (static_cast<int32_t>(static_cast<uint32_t>(a.lane[i]) << b)))
 BLOCKPRESS_LANES(vmaxq_s32, int32x4_t, int32x4_t, int32x4_t, (std::max(a.lane[i], b.lane[i])))
 BLOCKPRESS_LANES(vpaddq_s32, int32x4_t, int32x4_t, int32x4_t,
                  (i < 2 ? a.lane[2 * i] + a.lane[2 * i + 1] : b.lane[2 * i - 4] + b.lane[2 * i - 3]))
@@ -136,4 +137,5 @@ inline uint64_t vget_lane_u64(const uint64x1_t& v, int lane) { return v.lane[lan
 inline uint64x1_t vreinterpret_u64_u8(const uint8x8_t& v) { return blockpress_emulated::SameBits<uint64x1_t>(v); }
 inline float16x4_t vreinterpret_f16_u8(const uint8x8_t& v) { return blockpress_emulated::SameBits<float16x4_t>(v); }
 inline int8x16_t vreinterpretq_s8_u8(const uint8x16_t& v) { return blockpress_emulated::SameBits<int8x16_t>(v); }
+inline float32x4_t vreinterpretq_f32_s32(const int32x4_t& v) { return blockpress_emulated::SameBits<float32x4_t>(v); }
 inline float32x4_t vreinterpretq_f32_u8(const uint8x16_t& v) { return blockpress_emulated::SameBits<float32x4_t>(v); }

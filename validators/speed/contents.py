@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
+from exporters.attention_function import is_attention
 from exporters.fragments import dtype_name, tensor_bytes
 from exporters.packed_function import (
     WEIGHT_INPUTS,
@@ -46,6 +47,7 @@ class Contents:
         bytes_per_step: Bytes of weights that ONNX Runtime reads for one step of decoding, whatever the batch:
             every matrix once, of an embedding a row. Caches are not in it. None for a mixture of experts, where it
             depends on the tokens.
+        attentions: Blocks whose attention is one operator of the library.
     """
 
     path: Path
@@ -56,6 +58,12 @@ class Contents:
     file_bytes: int
     data_files: tuple[Path, ...]
     bytes_per_step: int | None
+    attentions: int = 0
+
+    @property
+    def has_own_operators(self) -> bool:
+        """Whether the operator library has operators for nodes of the file."""
+        return self.packed_products + self.attentions > 0
 
 
 def contents_of(model: OnnxFile) -> Contents:
@@ -78,6 +86,7 @@ def contents_of(model: OnnxFile) -> Contents:
         file_bytes=sum(path.stat().st_size for path in (model.path, *data_files)),
         data_files=data_files,
         bytes_per_step=_bytes_per_step(constants.values(), consumers),
+        attentions=sum(map(is_attention, graph.node)),
     )
 
 

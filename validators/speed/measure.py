@@ -138,7 +138,7 @@ def _load(
                     "load",
                     path=str(contents.path.absolute()),
                     threads=workload.threads,
-                    packed=contents.packed_products > 0,
+                    packed=contents.has_own_operators,
                     require_library=require_library,
                 )
                 seconds[name].append(told["load_s"])

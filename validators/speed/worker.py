@@ -62,7 +62,7 @@ class Worker:
         Args:
             path: The ``.onnx`` file.
             threads: Threads of ONNX Runtime.
-            packed: Whether it has packed weights; then the operator library is used if it is installed.
+            packed: Whether it has operators of the library, which is then used if it is installed.
             require_library: Refuse to run them without it.
 
         Raises:
