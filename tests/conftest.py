@@ -29,6 +29,15 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The folder in which the processes of one run leave their traces for each other (remembered_traces.py)."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = tmp_path_factory.getbasetemp().parent / "traces"
+        folder.mkdir(exist_ok=True)
+        os.environ["BLOCKPRESS_TEST_TRACES"] = str(folder)
+
+
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """A tiny model, its texts, and runs on it that are made when the first test asks for them."""

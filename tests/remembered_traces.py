@@ -1,16 +1,21 @@
-"""Traces of tiny models, made once in a process: torch.export and the ONNX exporter take most of a test's time.
+"""Traces of tiny models, made once: torch.export and the ONNX exporter take most of a test's time.
 
 A trace has shapes and names of weights, no values. So models of one class, with equal configs, modules and shapes
 have equal ones, whatever was pruned, and what follows (stitching, weights, encoding, validation) is done each time.
+Processes that test side by side share them through a folder.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch.utils import _pytree as pytree
@@ -19,6 +24,7 @@ from exporters import trace
 
 _OF_THE_FOLDER = ("_name_or_path", "transformers_version")
 Traced = Callable[..., ir.Model]
+SHARED_FOLDER = "BLOCKPRESS_TEST_TRACES"  # set where several processes test side by side (conftest.py)
 
 
 def remember_traces() -> None:
@@ -34,10 +40,25 @@ def _remembering(traced: Traced) -> Traced:
     def remembered(parts: Any, templates: Any, inputs: Any, axes: Any, opset: int) -> ir.Model:
         key = _what_decides(parts, templates, inputs, opset)
         if key not in made:
-            made[key] = traced(parts, templates, inputs, axes, opset)
+            made[key] = _shared_trace(key, lambda: traced(parts, templates, inputs, axes, opset))
         return made[key].clone()  # what follows works in it
 
     return remembered
+
+
+def _shared_trace(key: Any, trace: Callable[[], ir.Model]) -> ir.Model:
+    """The trace that another process has left, or a new one, which is then left there."""
+    folder = os.environ.get(SHARED_FOLDER)
+    if folder is None:
+        return trace()
+    path = Path(folder) / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.onnx"
+    if path.is_file():
+        return ir.from_proto(onnx.ModelProto.FromString(path.read_bytes()))
+    model = trace()
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_bytes(ir.to_proto(model).SerializeToString())
+    unfinished.replace(path)
+    return model
 
 
 def _what_decides(parts: Any, templates: Any, inputs: Any, opset: int) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from attention_samples import AttentionCase
 from onnx import TensorProto
 from runtime_samples import (
     DTYPES,
@@ -32,6 +33,8 @@ def write_cases(folder: Path) -> None:
         _write_several(folder, count)
     for rows in (3, 40):
         _write_experts(folder, rows)
+    for tokens, rotary_width in ((1, 0), (1, 16), (40, 8)):
+        _write_attention(folder, AttentionCase(tokens=tokens, rotary_width=rotary_width))
     packed = random_packed(20, 70, "int8")
     broken = {
         "offset": ("offsets", "offsets[1] must be"),
@@ -101,6 +104,17 @@ def _write_experts(folder: Path, rows: int) -> None:
     model = model_of_experts(tensors, attributes_of(packed, 8), 32)
     (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
     np.savez(folder / f"{name}.npz", x=x, experts=experts, y1=y, terms1=terms)
+
+
+def _write_attention(folder: Path, case: AttentionCase) -> None:
+    """Tokens behind a cache."""
+    given = case.inputs()
+    name = f"good-attention-{case.tokens}-{case.rotary_width}"
+    (folder / f"{name}.onnx").write_bytes(case.model().SerializeToString())
+    arrays = dict(given)
+    for number, (exact, terms) in enumerate(case.exact(given).values(), 1):
+        arrays |= {f"y{number}": exact, f"terms{number}": terms}
+    np.savez(folder / f"{name}.npz", allow_pickle=False, **arrays)
 
 
 def move_out(tensors: dict[str, onnx.TensorProto], path: Path) -> None:
