@@ -111,10 +111,9 @@ def test_numbers_around_the_scores_are_one_scale() -> None:
         assert (given["num_heads"].i, given["kv_heads"].i) == (4, 4 if name == "opt" else 2)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_other_types_and_newer_operators_stay(name: str) -> None:
+def test_other_types_and_newer_operators_stay() -> None:
     """The operators compute in float32; at opset 23 PyTorch's exporter has one node for attention itself."""
-    half, newer = build(name).half(), build(name)
+    half, newer = build("llama").half(), build("llama")
     for graph in (
         build_graph(LoadedParts(half), joined_attention=True),
         build_graph(LoadedParts(newer), opset=23, joined_attention=True),
