@@ -82,8 +82,7 @@ void ExtendTask(void* argument, size_t index) {
   const int64_t head = task % run.heads, first = task / run.heads * kExtendedKeys;
   const int64_t last = std::min(first + kExtendedKeys, attention.keys());
   const int64_t batch = head / attention.key_heads, key_head = head % attention.key_heads;
-  ExtendKeys(attention, batch, key_head, first, last);
-  ExtendValues(attention, batch, key_head, first, last);
+  ExtendCache(attention, batch, key_head, first, last);
 }
 
 void AttendTask(void* argument, size_t index) {
@@ -151,27 +150,19 @@ void Rotate(const Attention& attention, int64_t batch, int64_t token, const floa
   for (int64_t i = width; i < attention.key_width; ++i) out[i * step] = x[i] * scale;
 }
 
-void ExtendKeys(const Attention& attention, int64_t batch, int64_t head, int64_t first_key, int64_t last_key) {
-  const int64_t width = attention.key_width, of_head = batch * attention.key_heads + head;
-  float* present = attention.present_key + of_head * attention.keys() * width;
-  const float* past = attention.past_key + of_head * attention.past * width;
-  CopyPast(attention, past, first_key, last_key, width, present);
+void ExtendCache(const Attention& attention, int64_t batch, int64_t head, int64_t first_key, int64_t last_key) {
+  const int64_t width = attention.key_width, value_width = attention.value_width;
+  const int64_t of_head = batch * attention.key_heads + head, past = of_head * attention.past;
+  float* keys = attention.present_key + of_head * attention.keys() * width;
+  float* values = attention.present_value + of_head * attention.keys() * value_width;
+  CopyPast(attention, attention.past_key + past * width, first_key, last_key, width, keys);
+  CopyPast(attention, attention.past_value + past * value_width, first_key, last_key, value_width, values);
   for (int64_t key = std::max(first_key, attention.past); key < last_key; ++key) {
     const int64_t token = key - attention.past;
-    const float* x = attention.k + ((batch * attention.tokens + token) * attention.key_heads + head) * width;
-    Rotate(attention, batch, token, x, 1.0f, present + key * width, 1);
-  }
-}
-
-void ExtendValues(const Attention& attention, int64_t batch, int64_t head, int64_t first_key, int64_t last_key) {
-  const int64_t width = attention.value_width, of_head = batch * attention.key_heads + head;
-  float* present = attention.present_value + of_head * attention.keys() * width;
-  const float* past = attention.past_value + of_head * attention.past * width;
-  CopyPast(attention, past, first_key, last_key, width, present);
-  for (int64_t key = std::max(first_key, attention.past); key < last_key; ++key) {
-    const int64_t token = batch * attention.tokens + key - attention.past;
-    std::memcpy(present + key * width, attention.v + (token * attention.key_heads + head) * width,
-                static_cast<size_t>(width) * sizeof(float));
+    const int64_t place = (batch * attention.tokens + token) * attention.key_heads + head;
+    Rotate(attention, batch, token, attention.k + place * width, 1.0f, keys + key * width, 1);
+    std::memcpy(values + key * value_width, attention.v + place * value_width,
+                static_cast<size_t>(value_width) * sizeof(float));
   }
 }
 

@@ -99,20 +99,18 @@ struct TaskKeys {
   }
 };
 
-inline int64_t PaddedRows(int64_t rows) { return (rows + kRowPadding - 1) / kRowPadding * kRowPadding; }
-
-// The floats that a task of so many rows works in.
+// The floats that a task of so many rows works in: queries, sums, scores, and two numbers of each row.
 inline int64_t TaskMemory(const Attention& attention, int64_t rows) {
-  return PaddedRows(rows) * (attention.key_width + attention.value_width + kTileKeys + 2) + kMostQueries;
+  const int64_t padded = (rows + kRowPadding - 1) / kRowPadding * kRowPadding;
+  return padded * (attention.key_width + attention.value_width + kTileKeys + 2);
 }
 
 // x or, in its first columns, x turned by the angles of the token, times `scale`, to `out`, whose columns lie `step` apart.
 void Rotate(const Attention& attention, int64_t batch, int64_t token, const float* x, float scale, float* out,
             int64_t step);
 
-// Puts these keys of a head, past and new ones, into the present ones; the same of the values.
-void ExtendKeys(const Attention& attention, int64_t batch, int64_t head, int64_t first_key, int64_t last_key);
-void ExtendValues(const Attention& attention, int64_t batch, int64_t head, int64_t first_key, int64_t last_key);
+// Puts these keys of a head, past and new ones, and their values into the present ones.
+void ExtendCache(const Attention& attention, int64_t batch, int64_t head, int64_t first_key, int64_t last_key);
 
 // Calculates y and the present keys and values; null where all is well. Each output is one task's, and tasks do not
 // depend on the number of threads, so that threads do not change a bit.

@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
 #include "attention.h"
@@ -62,10 +61,7 @@ public:
         use(key, count, past_keys_ + key * width, past_values_ + key * value_width);
         continue;
       }
-      if (task_.extends) {
-        ExtendKeys(attention_, task_.batch, task_.key_head, key, last);
-        ExtendValues(attention_, task_.batch, task_.key_head, key, last);
-      }
+      if (task_.extends) ExtendCache(attention_, task_.batch, task_.key_head, key, last);
       use(key, count, of_.keys + key * width, of_.values + key * value_width);
     }
   }

@@ -111,7 +111,7 @@ ort::Status* BLOCKPRESS_ORT_CALL CreateKernel(const ort::CustomOp* op, const ort
 void BLOCKPRESS_ORT_CALL DestroyKernel(void* self);
 ort::ElementType BLOCKPRESS_ORT_CALL InputType(const ort::CustomOp* op, size_t index);
 
-// A node of no weights yet, or an error; null where there is no memory.
+// Makes a node with a name and kernels and nothing else yet; an error where there is no memory, or no such kernels.
 template <class Made>
 ort::Status* MakeNode(const char* name, const ort::Api* api, Made** node) {
   *node = new (std::nothrow) Made{};

@@ -57,10 +57,7 @@ void AttendRow(const Attention& attention, const AttentionTask& task, int64_t ro
 } // namespace
 
 void AttendScalar(const Attention& attention, const AttentionTask& task) {
-  if (task.extends) {
-    ExtendKeys(attention, task.batch, task.key_head, task.first_key, task.last_key);
-    ExtendValues(attention, task.batch, task.key_head, task.first_key, task.last_key);
-  }
+  if (task.extends) ExtendCache(attention, task.batch, task.key_head, task.first_key, task.last_key);
   for (int64_t row = 0; row < task.rows; ++row) AttendRow(attention, task, row);
 }
 
