@@ -377,9 +377,16 @@ struct Avx2 {
 };
 
 } // namespace
+} // namespace blockpress
+
+#include "narrow_products.h"
+
+namespace blockpress {
 
 extern const Kernels kAvx2Kernels = {"avx2", Multiply<Avx2>, Quantize<Avx2>, Arrange<Avx2>, WantsTransposed<Avx2>,
-                                     Attend<Avx2>};
+                                     Attend<Avx2>, false};
+extern const Kernels kNarrowAvx2Kernels = {"avx2-128", MultiplyNarrow, Quantize<Avx2>, Arrange<Avx2>,
+                                           WantsTransposed<Avx2>, Attend<Avx2>, true};
 
 } // namespace blockpress
 

@@ -239,7 +239,7 @@ struct Avx512 {
 
 extern const Kernels kAvx512Kernels = {"avx512", Multiply<Avx512>, Quantize<Avx512>, Arrange<Avx512>,
                                        WantsTransposed<Avx512>,
-                                       Attend<Avx512>};
+                                       Attend<Avx512>, false};
 
 } // namespace blockpress
 

@@ -45,6 +45,20 @@ Leaf CpuId(uint32_t leaf) {
 #endif
 }
 
+// eax of one of the extended leaves, which are AMD's own from 0x80000009 on; 0 where the processor does not have it.
+uint32_t ExtendedCpuId(uint32_t leaf) {
+#if defined(_MSC_VER)
+  int r[4] = {};
+  __cpuid(r, static_cast<int>(0x80000000u));
+  if (static_cast<uint32_t>(r[0]) < leaf) return 0;
+  __cpuid(r, static_cast<int>(leaf));
+  return static_cast<uint32_t>(r[0]);
+#else
+  uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(leaf, &eax, &ebx, &ecx, &edx) == 0 ? 0 : eax;
+#endif
+}
+
 // The register sets that the operating system saves at a task switch.
 uint64_t SavedState() {
 #if defined(_MSC_VER)
@@ -82,6 +96,13 @@ bool RunsAvx512() {
   return RunsAvx2() && Has(seven.ebx, {kF, kDq, kBw, kVl}) && Has(seven.ecx, {kVbmi2, kVnni}) && SavesState(0xe6);
 }
 
+// Whether this is an AMD processor with units of 128 bits, which take vectors of 256 in halves.
+bool IsNarrow() {
+  constexpr uint32_t kFp128 = 1u << 0, kFp256 = 1u << 2; // of eax
+  const uint32_t units = ExtendedCpuId(0x8000001a);
+  return (units & kFp128) != 0 && (units & kFp256) == 0;
+}
+
 #endif
 #if defined(BLOCKPRESS_ARM64)
 
@@ -103,6 +124,7 @@ struct Choice {
   const char* name;
   const Kernels* kernels; // null where this library was built without them
   bool runs;
+  bool suits = true; // whether it is the better choice than those that follow
 };
 
 // Best first.
@@ -110,9 +132,11 @@ const Choice* Choices(size_t* count) {
   static const Choice choices[] = {
 #if defined(BLOCKPRESS_X86)
       {"avx512", &kAvx512Kernels, RunsAvx512()},
+      {"avx2-128", &kNarrowAvx2Kernels, RunsAvx2(), IsNarrow()},
       {"avx2", &kAvx2Kernels, RunsAvx2()},
 #else
       {"avx512", nullptr, false},
+      {"avx2-128", nullptr, false},
       {"avx2", nullptr, false},
 #endif
 #if defined(BLOCKPRESS_ARM64)
@@ -135,7 +159,7 @@ const Kernels* BestKernels(const char** error) {
   const bool any = wanted == nullptr || wanted[0] == '\0';
   for (size_t i = 0; i < count; ++i) {
     const Choice& choice = choices[i];
-    if (any ? choice.runs : std::strcmp(wanted, choice.name) == 0) {
+    if (any ? choice.runs && choice.suits : std::strcmp(wanted, choice.name) == 0) {
       if (choice.runs) return choice.kernels;
       *error = choice.kernels == nullptr
                    ? "BLOCKPRESS_RUNTIME_ISA names kernels that this library was built without; unset it"
@@ -143,7 +167,7 @@ const Kernels* BestKernels(const char** error) {
       return nullptr;
     }
   }
-  *error = "BLOCKPRESS_RUNTIME_ISA must be scalar, avx2, avx512 or neon, or unset for the best this machine runs";
+  *error = "BLOCKPRESS_RUNTIME_ISA must be scalar, avx2, avx2-128, avx512 or neon, or unset for the best this machine runs";
   return nullptr;
 }
 

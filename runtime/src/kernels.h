@@ -9,7 +9,7 @@
 namespace blockpress {
 
 struct Kernels {
-  const char* name; // "scalar", "avx2", "avx512", "neon"
+  const char* name; // "scalar", "avx2", "avx2-128", "avx512", "neon"
 
   // Rows 16 * first_strip up to 16 * last_strip (not beyond W's last) of y (X.rows, W.rows) = X Wᵀ + bias, row-major.
   // `quantized` activations only with int8 and int4 values.
@@ -28,20 +28,24 @@ struct Kernels {
 
   // Calculates y of the task's rows, or its part of the softmax (attention.h).
   void (*attend)(const Attention& attention, const AttentionTask& task);
+
+  // Whether `multiply` takes up to kFewRows rounded rows from `widened`.
+  bool widens;
 };
 
 void AttendScalar(const Attention& attention, const AttentionTask& task);
 extern const Kernels kScalarKernels;
 #if defined(BLOCKPRESS_X86)
-extern const Kernels kAvx2Kernels;   // AVX2, FMA, F16C, BMI, BMI2
-extern const Kernels kAvx512Kernels; // AVX-512 F, BW, DQ, VL, VBMI2, VNNI
+extern const Kernels kAvx2Kernels;       // AVX2, FMA, F16C, BMI, BMI2
+extern const Kernels kNarrowAvx2Kernels; // the same for units of 128 bits
+extern const Kernels kAvx512Kernels;     // AVX-512 F, BW, DQ, VL, VBMI2, VNNI
 #endif
 #if defined(BLOCKPRESS_ARM64) || defined(BLOCKPRESS_EMULATED_NEON)
 extern const Kernels kNeonKernels; // NEON with the dot product
 #endif
 
 // The best that this machine runs, or what the environment variable BLOCKPRESS_RUNTIME_ISA names (scalar, avx2,
-// avx512, neon); a name that this machine cannot run, or that is unknown, is null and `BestKernels` sets `error`.
+// avx2-128, avx512, neon); a name that this machine cannot run, or that is unknown, is null and `BestKernels` sets `error`.
 const Kernels* BestKernels(const char** error);
 
 } // namespace blockpress

@@ -279,7 +279,7 @@ struct Neon {
 } // namespace
 
 extern const Kernels kNeonKernels = {"neon", Multiply<Neon>, Quantize<Neon>, Arrange<Neon>, WantsTransposed<Neon>,
-                                     Attend<Neon>};
+                                     Attend<Neon>, false};
 
 } // namespace blockpress
 

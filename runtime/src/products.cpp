@@ -23,6 +23,7 @@ struct Run {
   Activations activations; // the rows in the products' order
   float* padded;
   int8_t* quantized;
+  int16_t* widened;
   float* steps;
   int8_t* transposed;
   int64_t strips; // of all products, one's behind the other's
@@ -39,6 +40,7 @@ void QuantizeTask(void* argument, size_t index) {
   const int64_t stride = run.activations.stride;
   int8_t* quantized = run.quantized + row * stride;
   run.steps[row] = run.kernels->quantize(Row(*run.products, row), run.products->columns, stride, quantized);
+  if (run.widened != nullptr) std::copy_n(quantized, stride, run.widened + row * stride);
   run.kernels->arrange(quantized, stride);
 }
 
@@ -111,8 +113,15 @@ ort::Status* TransposeActivations(Run* run, Buffer* columns) {
   return ForEach(run, &TransposeTask, (activations.stride + kTransposedColumns - 1) / kTransposedColumns);
 }
 
+// Whether some product has so few rows that the kernels take them from `widened`.
+bool WantsWidened(const Run& run) {
+  if (!run.kernels->widens) return false;
+  const Product* of = run.products->of;
+  return std::any_of(of, of + run.products->count, [](const Product& product) { return product.rows <= kFewRows; });
+}
+
 // The rows as kernels want them: rounded to int8, in order and padded to whole pieces, or where they are.
-ort::Status* PrepareActivations(Run* run, Buffer* rows, Buffer* steps) {
+ort::Status* PrepareActivations(Run* run, Buffer* rows, Buffer* wide_rows, Buffer* steps) {
   const Products& products = *run->products;
   Activations& activations = run->activations;
   activations.rows = products.rows;
@@ -121,7 +130,12 @@ ort::Status* PrepareActivations(Run* run, Buffer* rows, Buffer* steps) {
     run->quantized = rows->AllocateRows<int8_t>(activations.rows, activations.stride);
     run->steps = steps->Allocate<float>(activations.rows);
     if (run->quantized == nullptr || run->steps == nullptr) return OutOfMemory(run->host);
+    if (WantsWidened(*run)) {
+      run->widened = wide_rows->AllocateRows<int16_t>(activations.rows, activations.stride);
+      if (run->widened == nullptr) return OutOfMemory(run->host);
+    }
     activations.quantized = run->quantized;
+    activations.widened = run->widened;
     activations.scales = run->steps;
     return ForEach(run, &QuantizeTask, activations.rows);
   }
@@ -159,8 +173,8 @@ ort::Status* Multiply(const Kernels& kernels, const Products& products, Host* ho
   run.host = host;
   const int64_t x_rows = (rows_of_all + products.count - 1) / products.count; // that a strip meets, on the average
   run.strips_per_task = StripsPerTask(products.columns, x_rows, run.strips);
-  Buffer rows, steps, columns;
-  if (auto* status = PrepareActivations(&run, &rows, &steps)) return status;
+  Buffer rows, wide_rows, steps, columns;
+  if (auto* status = PrepareActivations(&run, &rows, &wide_rows, &steps)) return status;
   if (auto* status = TransposeActivations(&run, &columns)) return status;
   return ForEach(&run, &MultiplyTask, (run.strips + run.strips_per_task - 1) / run.strips_per_task);
 }

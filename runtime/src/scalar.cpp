@@ -146,6 +146,6 @@ bool WantsTransposed(const Weight&, const Activations&) { return false; }
 } // namespace
 
 extern const Kernels kScalarKernels = {"scalar", &Multiply, &Quantize, &Arrange, &WantsTransposed,
-                                       &AttendScalar};
+                                       &AttendScalar, false};
 
 } // namespace blockpress

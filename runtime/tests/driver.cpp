@@ -230,9 +230,13 @@ struct Inputs {
       if (rounded) same = Round(random, weight.columns, row, kernels) && same;
     }
     if (rounded) in_order.assign(quantized.as<int8_t>(), quantized.as<int8_t>() + rows * stride);
+    if (rounded && kernels.widens) {
+      widened = std::make_unique<Block>(random, static_cast<size_t>(rows * stride) * 2, 2);
+      std::copy(in_order.begin(), in_order.end(), widened->as<int16_t>());
+    }
     for (int64_t row = 0; rounded && row < rows; ++row) kernels.arrange(quantized.as<int8_t>() + row * stride, stride);
     activations = {rows, stride, rounded ? nullptr : x.as<float>(), rounded ? quantized.as<int8_t>() : nullptr,
-                   rounded ? steps.as<float>() : nullptr, nullptr, 0};
+                   widened ? widened->as<int16_t>() : nullptr, rounded ? steps.as<float>() : nullptr, nullptr, 0};
     if (!kernels.wants_transposed(weight, activations)) return;
     activations.transposed_width = TransposedWidth(rows);
     const int64_t bytes = stride * activations.transposed_width + (in_parts ? kTransposedRows : 0);
@@ -269,7 +273,7 @@ struct Inputs {
   int64_t rows, stride;
   Block x, quantized, steps;
   std::vector<int8_t> in_order; // `quantized` by columns, before the kernels arrange it
-  std::unique_ptr<Block> transposed;
+  std::unique_ptr<Block> widened, transposed;
   Activations activations;
   bool same = true;
 };
@@ -477,7 +481,7 @@ int Main(int argc, char** argv) {
     if (option == "--isa") only = argv[i + 1];
   }
   int failed = 0;
-  for (const char* name : {"scalar", "avx2", "avx512", "neon"}) {
+  for (const char* name : {"scalar", "avx2", "avx2-128", "avx512", "neon"}) {
     if (!only.empty() && only != name) continue;
     const Kernels* kernels = Named(name);
     if (kernels == nullptr) {
