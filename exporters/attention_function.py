@@ -20,6 +20,7 @@ from collections.abc import Collection
 import onnx
 
 from exporters.errors import ExportError
+from exporters.int8_function import is_int8_product
 from exporters.packed_function import DOMAIN, is_packed_product
 
 __all__ = [
@@ -108,8 +109,8 @@ def is_attention(node: onnx.NodeProto) -> bool:
 
 
 def is_own_operator(node: onnx.NodeProto) -> bool:
-    """Whether the node is an operator of the runtime library: one of these, or of packed weights."""
-    return is_attention(node) or is_packed_product(node)
+    """Whether the node is an operator of the runtime library: one of these, or of packed or int8 weights."""
+    return is_attention(node) or is_packed_product(node) or is_int8_product(node)
 
 
 def attention_function(

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 import onnx
 
+from exporters.int8_function import is_int8_product
+
 _PASS_THROUGH = {"Cast", "Identity", "DequantizeLinear"}  # the same matrix in another type
 
 Consumers = Mapping[str, list[tuple[onnx.NodeProto, int]]]
@@ -52,6 +54,8 @@ def _axes_of(weight: str, rank: int, consumers: Consumers) -> set[int]:
 
 def _product_axis(node: onnx.NodeProto, position: int) -> int | None:
     """The axis that a matrix product sums over in its input at ``position``; None for other nodes."""
+    if is_int8_product(node):
+        return -1 if position == 1 else None
     if node.op_type in {"MatMul", "MatMulInteger"}:
         return -2 if position == 1 else -1
     if node.op_type == "Gemm" and position < 2:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from exporters.fragments import tensor_bytes
-from exporters.packed_read import PackedTensor, ShiftedTensor
+from exporters.packed_read import PackedTensor
 from exporters.read import OnnxFile
 from exporters.stored import SparseTensor, StoredTensor
 from exporters.unpacked_graph import DenseWeight, unpack_graph
@@ -93,8 +93,6 @@ def _initializers(model: OnnxFile) -> Iterator[StoredTensor]:
 
 def _weight(tensor: StoredTensor) -> DenseWeight:
     """The constant in float32 where it is of a narrower floating type."""
-    if isinstance(tensor, ShiftedTensor):
-        tensor = tensor.stored  # what the graph expects, should nothing have taken its place
     if tensor.dtype not in _HALF:
         return DenseWeight(tensor.name, tensor.shape, tensor.dtype, tensor.load)
     return DenseWeight(tensor.name, tensor.shape, TensorProto.FLOAT, lambda: tensor.load().astype(np.float32))

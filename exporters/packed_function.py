@@ -21,7 +21,7 @@ MOST_WEIGHTS = 3
 EXPERT_OPERATOR = "SparseExpertMatMul"
 DOMAIN_VERSION = 1
 STRIP_ELEMENTS = 2**19  # weights that are unpacked at a time: about 30 bytes each while they are
-_MIN_OPSET = 18  # BitwiseAnd, and the axes of ReduceMax as an input
+MIN_OPSET = 18  # BitwiseAnd, and the axes of ReduceMax as an input
 
 _HEAD = """
 <domain: "{domain}", opset_import: ["": {opset}]>
@@ -41,7 +41,6 @@ _HEAD = """
   one_byte = Constant <value = uint8 {{1}}> ()
   half_byte = Constant <value = uint8 {{15}}> ()
   bit_places = Constant <value = uint8[8] {{0, 1, 2, 3, 4, 5, 6, 7}}> ()
-  zero_float = Constant <value = float {{0}}> ()
   scalar_zero = Constant <value = int64 {{0}}> ()
   scalar_two = Constant <value = int64 {{2}}> ()
   one_int = Constant <value = int32 {{1}}> ()
@@ -115,8 +114,13 @@ _HEAD = """
 }}
 """
 
-_ACTIVATIONS_FLOAT = "  x_used = Identity (x_rows)"
-_ACTIVATIONS_INT8 = """
+_ACTIVATIONS_FLOAT = """
+  zero_float = Constant <value = float {0}> ()
+  x_used = Identity (x_rows)
+"""
+# Each row of x_rows (M, K) to whole steps of its own; ``one`` is the number of the last axis.
+ROUNDED_INPUTS = """
+  zero_float = Constant <value = float {0}> ()
   largest_int8 = Constant <value = float {127}> ()
   one_float = Constant <value = float {1}> ()
   x_magnitudes = Abs (x_rows)
@@ -236,7 +240,7 @@ def fallback_functions(
     functions = [
         fallback_function(int4=int4, group_size=group_size, activation_bits=activation_bits, opset=opset)
     ]
-    own_opset = max(opset, _MIN_OPSET)
+    own_opset = max(opset, MIN_OPSET)
     for weights in range(2, MOST_WEIGHTS + 1):
         if operator_name(weights) in operators:
             functions.append(_several(weights, own_opset))
@@ -307,12 +311,12 @@ def fallback_function(*, int4: bool, group_size: int, activation_bits: int, opse
     text = _HEAD.format(
         domain=DOMAIN,
         operator=OPERATOR,
-        opset=max(opset, _MIN_OPSET),
+        opset=max(opset, MIN_OPSET),
         strip_rows=STRIP_ROWS,
         unit=group_size or PIECE_COLUMNS,
         piece=PIECE_COLUMNS,
         strip_elements=STRIP_ELEMENTS,
-        activations=_ACTIVATIONS_INT8 if activation_bits == 8 else _ACTIVATIONS_FLOAT,
+        activations=ROUNDED_INPUTS if activation_bits == 8 else _ACTIVATIONS_FLOAT,
         rescaling=_RESCALING_INT8 if activation_bits == 8 else _RESCALING_FLOAT,
         values=(_VALUES_INT4 if int4 else _VALUES).format(**types),
         scaling=_SCALING_GROUPS if group_size else _SCALING,

@@ -21,12 +21,12 @@ from exporters.errors import ExportError
 from exporters.fragments import dtype_name, tensor_bytes
 from exporters.graph_nodes import used_nodes
 from exporters.graph_weights import GraphWeight
+from exporters.int8_function import INT8_OPERATOR, int8_function
 from exporters.manifest import TensorRow
 from exporters.masks import nonzero_mask
 from exporters.matrix_uses import MatrixUses, UseFinder
 from exporters.packed_function import DOMAIN, DOMAIN_VERSION, MOST_WEIGHTS, fallback_functions
 from exporters.packed_nodes import (
-    INT8_MIDDLE,
     MASK,
     OFFSETS,
     SCALES,
@@ -68,14 +68,12 @@ class PackedGraph:
         proto: The graph without the weights.
         weights: The initializers to add: parts of packed weights, integers, and all the others.
         packed: The packed weights by name.
-        shifted: Censuses of the integers that are stored as uint8, by name.
         left: Names of pruned or quantised weights that stayed as they were.
     """
 
     proto: onnx.ModelProto
     weights: list[GraphWeight]
     packed: Mapping[str, PackedWeight]
-    shifted: Mapping[str, TensorCensus]
     left: tuple[str, ...]
 
     def rows(self, written: Sequence[TensorRow], location: str) -> tuple[TensorRow, ...]:
@@ -96,19 +94,10 @@ class PackedGraph:
                 whole = dataclasses.replace(
                     row, bytes_by_encoding=sizes, stored_bytes=row.stored_bytes + more
                 )
-                rows.append(self._integer_row(whole))
+                rows.append(whole)
             else:
                 rows.append(row)
         return tuple(rows)
-
-    def _integer_row(self, row: TensorRow) -> TensorRow:
-        """The row of a weight that was written as uint8, as the integers that it stands for."""
-        census = self.shifted.get(row.name)
-        if census is None:
-            return row
-        return dataclasses.replace(
-            row, dtype=dtype_name(census.dtype), nnz=census.nnz, mask_sha256=census.mask_sha256
-        )
 
     def _packed_row(self, name: str, by_name: Mapping[str, TensorRow], location: str) -> TensorRow:
         weight = self.packed[name]
@@ -141,8 +130,7 @@ def pack_graph(
     """Pack what is sparse, and store as integers what is quantised.
 
     A pruned weight is packed where that is smaller than dense. Of the quantised ones int4 is packed in any case, and
-    int8 where more than an eighth is zero: else it stays one byte a weight, multiplied by standard operators, as
-    heads and embeddings are.
+    int8 where more than an eighth is zero: else it stays one byte a weight, as heads and embeddings do.
 
     Args:
         proto: The graph without these weights. Not changed.
@@ -174,7 +162,6 @@ class _Packing:
         self._weights: list[GraphWeight] = []
         self._packed: dict[str, PackedWeight] = {}
         self._products: dict[int, PackedProduct] = {}  # by id of the node that they stand for
-        self._shifted: dict[str, TensorCensus] = {}
         self._left: list[str] = []
         self._cache = _LastPacked()
 
@@ -210,21 +197,26 @@ class _Packing:
             graph.node.extend(nodes)
             used = {value for node in nodes for value in node.input}
             graph.initializer.extend(constant for constant in shared_constants() if constant.name in used)
+        self._add_functions({node.op_type for node in nodes if node.domain == DOMAIN})
+        return PackedGraph(self._proto, self._weights, self._packed, tuple(self._left))
+
+    def _add_functions(self, operators: Collection[str]) -> None:
+        """What stands for the operators where the library is not there."""
+        opset = next(entry.version for entry in self._proto.opset_import if not entry.domain)
+        functions = []
         if self._packed:
-            opset = next(entry.version for entry in self._proto.opset_import if not entry.domain)
             kinds = {_kind(weight) for weight in self._packed.values()}
             if len(kinds) != 1:
                 raise ValueError(f"packed weights of several kinds in one model: {sorted(kinds)}")
             int4, group_size = next(iter(kinds))
-            if all(entry.domain != DOMAIN for entry in self._proto.opset_import):
-                self._proto.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
-            operators = {node.op_type for node in nodes if node.domain == DOMAIN}
-            self._proto.functions.extend(
-                fallback_functions(
-                    operators, int4=int4, group_size=group_size, activation_bits=self._bits, opset=opset
-                )
+            functions += fallback_functions(
+                operators, int4=int4, group_size=group_size, activation_bits=self._bits, opset=opset
             )
-        return PackedGraph(self._proto, self._weights, self._packed, self._shifted, tuple(self._left))
+        if INT8_OPERATOR in operators:
+            functions.append(int8_function(activation_bits=self._bits, opset=opset))
+        self._proto.functions.extend(functions)
+        if functions and all(entry.domain != DOMAIN for entry in self._proto.opset_import):
+            self._proto.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
 
     def _place_products(self) -> None:
         """Put operators in the place of packed products.
@@ -327,38 +319,30 @@ class _Packing:
         lookups: Sequence[Lookup],
         quantized: QuantizedWeight,
     ) -> bool:
-        """Store the weight as int8 (K, N), or (V, D) if it is only looked up in; whether that can be."""
+        """Store the weight as int8 (N, K), which is (V, D) where it is looked up in; whether that can be."""
         orders = {product.rows_first for product in products} | ({True} if lookups else set())
         if quantized.bits != 8 or quantized.group_size or len(weight.shape) != 2 or len(orders) != 1:
             return False
         rows_first = orders == {True}
-        store_swapped = rows_first and bool(products)
 
         def load() -> NDArray[np.generic]:
-            q = _integers(_matrix(weight, rows_first), quantized, weight.name)
-            return (
-                (np.ascontiguousarray(q.T).astype(np.int16) + INT8_MIDDLE).astype(np.uint8) if products else q
-            )
+            return _integers(_matrix(weight, rows_first), quantized, weight.name)
 
-        if products:
-            kept = load() != INT8_MIDDLE
-            self._shifted[weight.name] = census_of_mask(weight.name, _INT8_TYPE, kept)
-        shape = weight.shape[::-1] if store_swapped else weight.shape
         self._weights.append(
             GraphWeight(
                 weight.name,
                 weight.parameter,
-                shape,
-                int(TensorProto.UINT8) if products else _INT8_TYPE,
-                weight.transposed != store_swapped,
+                weight.shape if rows_first else weight.shape[::-1],
+                _INT8_TYPE,
+                weight.transposed == rows_first,
                 load,
             )
         )
         self._add_scales(weight, quantized.scales.reshape(-1))
         for product in products:
-            self._replaced[id(product.node)] = int8_product(product, weight.name, self._bits)
+            self._replaced[id(product.node)] = [int8_product(product, weight.name, self._bits)]
         for lookup in lookups:
-            self._replaced[id(lookup.node)] = int8_lookup(lookup, weight.name, columns_first=bool(products))
+            self._replaced[id(lookup.node)] = int8_lookup(lookup, weight.name)
         return True
 
     def _add_scales(self, weight: GraphWeight, scales: NDArray[np.float32]) -> None:

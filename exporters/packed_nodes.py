@@ -9,16 +9,13 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from exporters.int8_function import INT8_OPERATOR
 from exporters.packed_function import DOMAIN, EXPERT_OPERATOR, MOST_WEIGHTS, operator_name
 from exporters.packing import FORMAT_VERSION
 
 MASK, VALUES, OFFSETS, SCALES = ".mask", ".values", ".offsets", ".scales"
 NO_SCALES, NO_BIAS = "packed/no_scales", "packed/no_bias"
-_PREFIX = "packed/"
-# Integers that standard operators multiply are stored as uint8, 128 more than they are, and so are the activations:
-# of uint8 by int8, ONNX Runtime's sums saturate on processors without VNNI, and int8 by int8 is thirty times slower.
-INT8_MIDDLE = 128
-MIDDLE_UINT8 = "packed/middle_uint8"
+LAST_AXIS = "packed/last_axis"
 
 
 @dataclass(frozen=True)
@@ -124,12 +121,7 @@ def shared_constants() -> list[TensorProto]:
     constants = {
         NO_SCALES: np.ones((1, 1), np.float32),
         NO_BIAS: np.zeros(1, np.float32),
-        f"{_PREFIX}last_axis": np.array([-1], np.int64),
-        f"{_PREFIX}zero": np.array(0, np.float32),
-        f"{_PREFIX}one": np.array(1, np.float32),
-        f"{_PREFIX}largest_int8": np.array(127, np.float32),
-        f"{_PREFIX}middle": np.array(INT8_MIDDLE, np.float32),
-        MIDDLE_UINT8: np.array(INT8_MIDDLE, np.uint8),
+        LAST_AXIS: np.array([-1], np.int64),
     }
     return [numpy_helper.from_array(array, name) for name, array in constants.items()]
 
@@ -192,69 +184,29 @@ def packed_experts(product: ExpertProduct, form: PackedForm, activation_bits: in
     return nodes
 
 
-def int8_product(product: Product, weight: str, activation_bits: int) -> list[NodeProto]:
-    """A product with a matrix (K, N) of integers, stored as uint8, whose columns have a scale each.
+def int8_product(product: Product, weight: str, activation_bits: int) -> NodeProto:
+    """The operator that multiplies by a matrix (N, K) of int8, whose rows have a scale each.
 
-    With 8 activation bits the input is rounded as the format says, so that an int8 kernel multiplies; with 32
-    the matrix is dequantised.
+    With 8 activation bits the input is rounded as the format says; with 32 it is used as it is.
     """
-    at = product.name
-    scales = f"{weight}{SCALES}"
-    unbiased = product.output if product.bias is None else f"{at}/unbiased"
-    if activation_bits == 8:
-        nodes = [
-            _node("Abs", [product.x], f"{at}/magnitudes"),
-            _node("ReduceMax", [f"{at}/magnitudes", f"{_PREFIX}last_axis"], f"{at}/largest", keepdims=1),
-            _node("Div", [f"{at}/largest", f"{_PREFIX}largest_int8"], f"{at}/step_or_zero"),
-            _node("Equal", [f"{at}/step_or_zero", f"{_PREFIX}zero"], f"{at}/is_zero"),
-            _node("Where", [f"{at}/is_zero", f"{_PREFIX}one", f"{at}/step_or_zero"], f"{at}/step"),
-            _node("Div", [product.x, f"{at}/step"], f"{at}/steps"),
-            _node("Round", [f"{at}/steps"], f"{at}/rounded"),
-            _node("Add", [f"{at}/rounded", f"{_PREFIX}middle"], f"{at}/shifted"),
-            _node("Cast", [f"{at}/shifted"], f"{at}/uint8", to=TensorProto.UINT8),
-            _node("MatMulInteger", [f"{at}/uint8", weight, MIDDLE_UINT8, MIDDLE_UINT8], f"{at}/int32"),
-            _node("Cast", [f"{at}/int32"], f"{at}/float32", to=TensorProto.FLOAT),
-            _node("Mul", [f"{at}/float32", f"{at}/step"], f"{at}/in_steps"),
-            _node("Mul", [f"{at}/in_steps", scales], unbiased),
-        ]
-    else:
-        nodes = [
-            _node("Cast", [weight], f"{at}/weight_shifted", to=TensorProto.FLOAT),
-            _node("Sub", [f"{at}/weight_shifted", f"{_PREFIX}middle"], f"{at}/weight_float32"),
-            _node("MatMul", [product.x, f"{at}/weight_float32"], f"{at}/unscaled"),
-            _node("Mul", [f"{at}/unscaled", scales], unbiased),
-        ]
-    if product.bias is not None:
-        nodes.append(_node("Add", [unbiased, product.bias], product.output))
-    return nodes
+    return helper.make_node(
+        INT8_OPERATOR,
+        [product.x, weight, f"{weight}{SCALES}", product.bias or NO_BIAS],
+        [product.output],
+        name=product.name,
+        domain=DOMAIN,
+        activation_bits=activation_bits,
+    )
 
 
-def int8_lookup(lookup: Lookup, weight: str, *, columns_first: bool) -> list[NodeProto]:
-    """Rows of an int8 embedding, each times its scale.
-
-    Args:
-        lookup: What it replaces; the ids are (batch, tokens).
-        weight: Name of the matrix: int8 (V, D), or (D, V) and stored as uint8 where it is a head's too.
-        columns_first: Whether it is (D, V).
-    """
+def int8_lookup(lookup: Lookup, weight: str) -> list[NodeProto]:
+    """Rows of an int8 embedding (V, D), each times its scale; the ids are (batch, tokens)."""
     at = lookup.name
-    last = f"{_PREFIX}last_axis"
-    if columns_first:
-        rows = [
-            _node("Gather", [weight, lookup.ids], f"{at}/columns", axis=1),
-            _node("Transpose", [f"{at}/columns"], f"{at}/rows", perm=[1, 2, 0]),
-            _node("Cast", [f"{at}/rows"], f"{at}/rows_shifted", to=TensorProto.FLOAT),
-            _node("Sub", [f"{at}/rows_shifted", f"{_PREFIX}middle"], f"{at}/rows_float32"),
-        ]
-    else:
-        rows = [
-            _node("Gather", [weight, lookup.ids], f"{at}/rows", axis=0),
-            _node("Cast", [f"{at}/rows"], f"{at}/rows_float32", to=TensorProto.FLOAT),
-        ]
     return [
-        *rows,
+        _node("Gather", [weight, lookup.ids], f"{at}/rows", axis=0),
+        _node("Cast", [f"{at}/rows"], f"{at}/rows_float32", to=TensorProto.FLOAT),
         _node("Gather", [f"{weight}{SCALES}", lookup.ids], f"{at}/row_scales", axis=0),
-        _node("Unsqueeze", [f"{at}/row_scales", last], f"{at}/row_scale"),
+        _node("Unsqueeze", [f"{at}/row_scales", LAST_AXIS], f"{at}/row_scale"),
         _node("Mul", [f"{at}/rows_float32", f"{at}/row_scale"], lookup.output),
     ]
 

@@ -11,6 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from exporters.int8_function import is_int8_product
 from exporters.manifest import Encoding
 from exporters.masks import BoolArray, nonzero_mask
 from exporters.packed_function import (
@@ -19,7 +20,7 @@ from exporters.packed_function import (
     is_packed_product,
     weight_inputs,
 )
-from exporters.packed_nodes import INT8_MIDDLE, MASK, NO_SCALES, SCALES
+from exporters.packed_nodes import MASK, NO_SCALES, SCALES
 from exporters.packing import (
     FORMAT_VERSION,
     PIECE_COLUMNS,
@@ -99,37 +100,10 @@ class PackedTensor(StoredTensor):
         return unpack_matrix(packed, self.name)
 
 
-@dataclass(frozen=True)
-class ShiftedTensor(StoredTensor):
-    """Integers from -127 to 127 that ``stored`` holds as uint8, 128 more than they are."""
-
-    stored: DenseTensor
-
-    @property
-    def encoding(self) -> Encoding:
-        """How it is stored."""
-        return "dense"
-
-    @property
-    def data_files(self) -> tuple[Path, ...]:
-        """The external files in which it lies."""
-        return self.stored.data_files
-
-    def load(self) -> NDArray[np.generic]:
-        """The integers, int8."""
-        return (self.stored.load().astype(np.int16) - INT8_MIDDLE).astype(np.int8)
-
-    def nonzero(self) -> BoolArray:
-        """Where they are not zero."""
-        return nonzero_mask(self.load())
-
-
 def with_packed(
     nodes: Sequence[onnx.NodeProto], constants: Sequence[StoredTensor]
 ) -> tuple[StoredTensor, ...]:
     """The constants of a graph, those that make up a packed weight as one, in the place of its mask.
-
-    Integers that are stored as uint8 come as int8.
 
     Raises:
         ExportError: E-ONNX-PACKED: a product with a packed weight lacks parts, or is of another format.
@@ -148,8 +122,7 @@ def with_packed(
             inside.update(inputs[_VALUES:_SCALES])
             if inputs[_SCALES] != NO_SCALES:
                 inside.add(inputs[_SCALES])
-    found: dict[str, StoredTensor] = {**_shifted(by_name), **packed}
-    return tuple(found.get(t.name, t) for t in constants if t.name not in inside)
+    return tuple(packed.get(t.name, t) for t in constants if t.name not in inside)
 
 
 def has_integer_weights(constants: Iterable[StoredTensor]) -> bool:
@@ -162,28 +135,10 @@ def has_integer_weights(constants: Iterable[StoredTensor]) -> bool:
 
 def rounds_inputs(nodes: Sequence[onnx.NodeProto]) -> bool:
     """Whether a product of the graph, with packed or int8 weights, rounds its inputs."""
-    packed = any(_integer(node, "activation_bits", 32) != 32 for node in filter(is_packed_product, nodes))
-    return packed or any(node.op_type == "MatMulInteger" for node in nodes)
-
-
-def _shifted(by_name: Mapping[str, StoredTensor]) -> dict[str, ShiftedTensor]:
-    """Integers that our exports store as uint8: those with a scale per output beside them."""
-    found = {}
-    for tensor in by_name.values():
-        if (
-            isinstance(tensor, DenseTensor)
-            and (tensor.dtype, len(tensor.shape)) == (TensorProto.UINT8, 2)
-            and f"{tensor.name}{SCALES}" in by_name
-        ):
-            found[tensor.name] = ShiftedTensor(
-                name=tensor.name,
-                shape=tensor.shape,
-                dtype=int(TensorProto.INT8),
-                stored_bytes=tensor.stored_bytes,
-                input_axis=tensor.input_axis,
-                stored=tensor,
-            )
-    return found
+    own = (node for node in nodes if is_packed_product(node) or is_int8_product(node))
+    return any(_integer(node, "activation_bits", 32) != 32 for node in own) or any(
+        node.op_type == "MatMulInteger" for node in nodes
+    )
 
 
 def _packed_tensor(

@@ -19,17 +19,14 @@ from onnx import NodeProto, TensorProto, helper
 
 from exporters.attention_function import called_nodes, is_attention
 from exporters.graph_nodes import used_nodes
+from exporters.int8_function import is_int8_product
 from exporters.packed_function import DOMAIN, is_expert_product, is_packed_product, weight_inputs
 from exporters.packed_nodes import MASK, SCALES
 from exporters.packing import packed_error
 from exporters.stored import StoredTensor
 
 _LAST_AXIS = "dense/last_axis"
-_ROUNDING = ("Cast", "Add", "Round", "Div")  # from an integer product's input back to what was rounded
-# From the first use of an integer matrix to the result.
-_INTEGER_PRODUCT = ("Cast", "Mul", "Mul")
-_FLOAT_PRODUCT = ("Sub", "MatMul", "Mul")
-_LOOKING_UP = (("Cast", "Mul"), ("Transpose", "Cast", "Sub", "Mul"))
+_LOOKING_UP = ("Cast", "Mul")  # from rows of integers to the result
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,8 @@ def unpack_graph(proto: onnx.ModelProto, stored: Mapping[str, StoredTensor]) -> 
             work.unpack_experts(node)
         elif is_packed_product(node):
             work.unpack(node)
-        elif node.op_type in ("MatMulInteger", "Cast"):
-            work.widen_product(node)
+        elif is_int8_product(node):
+            work.unpack_int8(node)
         elif node.op_type == "Gather":
             work.widen_lookup(node)
     nodes = [new for node in proto.graph.node for new in work.replaced.get(id(node), [node])]
@@ -99,12 +96,32 @@ class _Unpacking:
             weight, name = mask.removesuffix(MASK), f"{node.name}/{number}" if number else node.name
             tensor = self._stored[weight]
             self._add(weight, tensor.shape[::-1], partial(_transposed, tensor))
-            if bias in self._stored and not self._stored[bias].load().any():
-                nodes.append(_node("MatMul", [node.input[0], weight], output, name))
-                continue
-            product = f"{output}.unbiased"
-            nodes.append(_node("MatMul", [node.input[0], weight], product, name))
-            nodes.append(_node("Add", [product, bias], output, f"{name}/bias"))
+            nodes += self._product(node.input[0], weight, bias, output, name)
+
+    def unpack_int8(self, node: NodeProto) -> None:
+        """Replace the operator of a dense int8 matrix by a product with the matrix in float32."""
+        weight = self._scaled(node, 1)
+        if weight is None or len(node.input) != 4:
+            raise packed_error(node.name, f"{node.op_type} without an int8 matrix and its scales")
+        nodes, name = [], f"{weight.name}.float32"
+        if any(user.op_type == "Gather" for user in self._consumers[weight.name]):
+            # A head that shares its matrix with the embeddings: one table, as in a model that was never quantised.
+            nodes.append(helper.make_node("Transpose", [self._table(weight)], [name], perm=[1, 0]))
+        else:
+            load = partial(_scaled_rows, weight, self._scales(weight), transposed=True)
+            self._add(name, weight.shape[::-1], load)
+        nodes += self._product(node.input[0], name, node.input[3], node.output[0], node.name)
+        self.replaced[id(node)] = nodes
+
+    def _product(self, x: str, weight: str, bias: str, output: str, name: str) -> list[NodeProto]:
+        """x times the weight, and the bias, if it is not always zero."""
+        if bias in self._stored and not self._stored[bias].load().any():
+            return [_node("MatMul", [x, weight], output, name)]
+        product = f"{output}.unbiased"
+        return [
+            _node("MatMul", [x, weight], product, name),
+            _node("Add", [product, bias], output, f"{name}/bias"),
+        ]
 
     def unpack_attention(self, node: NodeProto, functions: Mapping[str, onnx.FunctionProto]) -> None:
         """Replace attention by the nodes of its function."""
@@ -160,34 +177,13 @@ class _Unpacking:
             self._graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1], np.int64), _LAST_AXIS))
         return _LAST_AXIS
 
-    def widen_product(self, node: NodeProto) -> None:
-        """Replace a product by an int8 matrix (K, N); ``node`` multiplies by it, or casts it first."""
-        integer = node.op_type == "MatMulInteger"
-        weight = self._scaled(node, 1 if integer else 0)
-        last = self._down(node, _INTEGER_PRODUCT if integer else _FLOAT_PRODUCT)
-        if weight is None or last is None or f"{weight.name}{SCALES}" not in last.input:
-            return
-        product = self._down(node, _FLOAT_PRODUCT[:-1])
-        x = self._up(node.input[0]) if product is None else product.input[0]
-        if x is None:
-            return
-        nodes, name = [], f"{weight.name}.float32"
-        if any(user.op_type == "Gather" for user in self._consumers[weight.name]):
-            # A head that shares its matrix with the embeddings: one table, as in a model that was never quantised.
-            table = self._table(weight, columns_first=True)
-            nodes.append(helper.make_node("Transpose", [table], [name], perm=[1, 0]))
-        else:
-            self._add(name, weight.shape, partial(_scaled_matrix, weight, self._scales(weight), 1))
-        self.replaced[id(last)] = [*nodes, _node("MatMul", [x, name], last.output[0], last.name)]
-
     def widen_lookup(self, node: NodeProto) -> None:
-        """Replace a look-up of rows in an int8 table, whose rows may be its columns."""
+        """Replace a look-up of rows in an int8 table."""
         weight = self._scaled(node, 0)
-        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
-        last = self._down(node, _LOOKING_UP[axis]) if axis in (0, 1) else None
-        if weight is None or last is None:
+        last = self._down(node, _LOOKING_UP)
+        if weight is None or last is None or any(attribute.i for attribute in node.attribute):
             return
-        table = self._table(weight, columns_first=axis == 1)
+        table = self._table(weight)
         self.replaced[id(last)] = [_node("Gather", [table, node.input[1]], last.output[0], last.name)]
 
     def _scaled(self, node: NodeProto, place: int) -> StoredTensor | None:
@@ -200,13 +196,10 @@ class _Unpacking:
     def _scales(self, weight: StoredTensor) -> StoredTensor:
         return self._stored[f"{weight.name}{SCALES}"]
 
-    def _table(self, weight: StoredTensor, *, columns_first: bool) -> str:
-        """The name of the float32 table, (rows, width), of an int8 one that is (width, rows) if ``columns_first``."""
-        shape = weight.shape[::-1] if columns_first else weight.shape
-        load = partial(
-            _scaled_matrix, weight, self._scales(weight), int(columns_first), transposed=columns_first
-        )
-        return self._add(f"{weight.name}.table", shape, load)
+    def _table(self, weight: StoredTensor) -> str:
+        """The name of the float32 table of an int8 one."""
+        load = partial(_scaled_rows, weight, self._scales(weight))
+        return self._add(f"{weight.name}.table", weight.shape, load)
 
     def _add(self, name: str, shape: tuple[int, ...], load: Callable[[], NDArray[np.float32]]) -> str:
         self.weights[name] = DenseWeight(name, shape, TensorProto.FLOAT, load)
@@ -221,15 +214,6 @@ class _Unpacking:
             node = users[0]
         return node
 
-    def _up(self, name: str) -> str | None:
-        """The value that was rounded to ``name``."""
-        for operator in _ROUNDING:
-            node = self._producers.get(name)
-            if node is None or node.op_type != operator or not node.input:
-                return None
-            name = node.input[0]
-        return name
-
 
 def _transposed(tensor: StoredTensor) -> NDArray[np.float32]:
     """The matrix of a packed weight as (inputs, outputs)."""
@@ -240,12 +224,11 @@ def _as_float32(tensor: StoredTensor) -> NDArray[np.float32]:
     return tensor.load().astype(np.float32)
 
 
-def _scaled_matrix(
-    weight: StoredTensor, scales: StoredTensor, axis: int, *, transposed: bool = False
+def _scaled_rows(
+    weight: StoredTensor, scales: StoredTensor, *, transposed: bool = False
 ) -> NDArray[np.float32]:
-    """The int8 matrix times its scales, one for each place of ``axis``."""
-    steps = np.expand_dims(scales.load().astype(np.float32).reshape(-1), 1 - axis)
-    matrix = weight.load().astype(np.float32) * steps
+    """The int8 matrix, each row times its scale."""
+    matrix = weight.load().astype(np.float32) * scales.load().astype(np.float32).reshape(-1, 1)
     return np.ascontiguousarray(matrix.T) if transposed else matrix
 
 

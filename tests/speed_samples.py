@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx_samples import pruned_matrix
 
+from exporters.int8_function import int8_function
 from exporters.packed_function import DOMAIN, DOMAIN_VERSION, OPERATOR, fallback_function
 from exporters.packed_nodes import (
     Lookup,
@@ -109,16 +110,15 @@ def language_model(path: Path, *, activation_bits: int | None = None, cache: boo
             "inner.values": packed.values,
             "inner.offsets": packed.offsets,
             "inner.scales": np.full((WIDTH, 1), 0.5, np.float32),
-            "table": (np.ascontiguousarray(table.T) + 128).astype(np.uint8),
+            "table": table.astype(np.int8),
             "table.scales": np.full(VOCABULARY, 0.25, np.float32),
         }
-        look_up = int8_lookup(Lookup(onnx.NodeProto(), ids, rows, "embed"), "table", columns_first=True)
+        look_up = int8_lookup(Lookup(onnx.NodeProto(), ids, rows, "embed"), "table")
         inner = Product(onnx.NodeProto(), rows, keys, None, True, "inner")
         form = PackedForm("inner", WIDTH, WIDTH, 0, True, int(TensorProto.FLOAT))
         product = packed_products([PackedProduct(inner, form)], activation_bits)
-        head = int8_product(
-            Product(onnx.NodeProto(), states, "logits", None, False, "head"), "table", activation_bits
-        )
+        whole = Product(onnx.NodeProto(), states, "logits", None, True, "head")
+        head = [int8_product(whole, "table", activation_bits)]
     axes = {"one": np.array([1]), "two": np.array([2])}
     nodes = [*look_up, *product, helper.make_node("Unsqueeze", [keys, "one"], ["fresh"])]
     for part in ("key", "value"):
@@ -141,7 +141,7 @@ def language_model(path: Path, *, activation_bits: int | None = None, cache: boo
     if activation_bits is not None:
         model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
         function = fallback_function(int4=False, group_size=0, activation_bits=activation_bits, opset=18)
-        model.functions.append(function)
+        model.functions.extend([function, int8_function(activation_bits=activation_bits, opset=18)])
     onnx.save(model, path)
     return path
 

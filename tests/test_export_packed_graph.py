@@ -212,11 +212,12 @@ def operators_of(made: PackedGraph) -> list[str]:
 
 
 def test_products_of_the_same_input_share_an_operator(tmp_path: Path) -> None:
-    """Query, key and value; gate and up; the other two alone. What is written holds each weight under its name."""
+    """Query, key and value; gate and up; the other two alone. The block without zeros and the head have one each."""
     made = packed(tmp_path, "llama3_rope", 8)
-    assert operators_of(made.graph) == ["SparseMatMul3", "SparseMatMul", "SparseMatMul2", "SparseMatMul"]
+    sparse = ["SparseMatMul3", "SparseMatMul", "SparseMatMul2", "SparseMatMul"]
+    assert operators_of(made.graph) == [*sparse, *["Int8MatMul"] * 8]
     functions = [function.name for function in made.graph.proto.functions]
-    assert functions == ["SparseMatMul", "SparseMatMul2", "SparseMatMul3"]
+    assert functions == ["SparseMatMul", "SparseMatMul2", "SparseMatMul3", "Int8MatMul"]
 
 
 def test_operators_have_up_to_three_weights_and_no_bias_that_comes_late(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_library_exports_three_functions_and_needs_no_onnxruntime() -> None:
     loaded.BlockpressRuntimeVersion.restype = ctypes.c_char_p
     loaded.BlockpressRuntimeIsa.restype = ctypes.c_char_p
     assert loaded.BlockpressRuntimeVersion().count(b".") == 2
-    assert loaded.BlockpressRuntimeIsa() in (b"scalar", b"avx2", b"avx512", b"neon")
+    assert loaded.BlockpressRuntimeIsa() in (b"scalar", b"avx2", b"avx2-128", b"avx512", b"neon")
     assert loaded.RegisterCustomOps
 
 
@@ -117,7 +117,7 @@ def test_environment_variable_chooses_the_kernels(tmp_path: Path) -> None:
     assert (np.abs(np.load(result) - exact) <= 1e-6 * terms).all()
     done = run_python(RUN, str(path), str(result), BLOCKPRESS_RUNTIME_ISA="sse9")
     assert done.returncode == 1
-    assert "BLOCKPRESS_RUNTIME_ISA must be scalar, avx2, avx512 or neon" in done.stderr
+    assert "BLOCKPRESS_RUNTIME_ISA must be scalar, avx2, avx2-128, avx512 or neon" in done.stderr
 
 
 MEASURE = """

@@ -193,10 +193,15 @@ struct Avx2 {
 
   // One piece of X as int8, in the order of Places.
   static void ArrangePiece(int8_t* x) {
-    const __m256i first = LoadBytes(x), second = LoadBytes(x + kBytes);
+    Bytes arranged[kPieceVectors];
+    EachDenseBytes(reinterpret_cast<const uint8_t*>(x), [&](int j, Bytes part) { arranged[j] = part; });
+    for (int j = 0; j < kPieceVectors; ++j) StoreBytes(x + j * kBytes, arranged[j]);
+  }
+
+  template <class Use> static void EachDenseBytes(const uint8_t* piece, Use use) {
     const __m256i turn = BothLanes(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    StoreBytes(x, _mm256_shuffle_epi8(_mm256_permute2x128_si256(first, second, 0x20), turn));
-    StoreBytes(x + kBytes, _mm256_shuffle_epi8(_mm256_permute2x128_si256(first, second, 0x31), turn));
+    use(0, _mm256_shuffle_epi8(LoadLanes(piece, piece + 32), turn));
+    use(1, _mm256_shuffle_epi8(LoadLanes(piece + 16, piece + 48), turn));
   }
 
   static void StoreBytes(int8_t* p, Bytes w) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w); }

@@ -97,6 +97,7 @@ struct Avx512 {
   };
 
   static void ArrangePiece(int8_t*) {} // as it is
+  template <class Use> static void EachDenseBytes(const uint8_t* piece, Use use) { use(0, _mm512_loadu_si512(piece)); }
 
   static void StoreBytes(int8_t* p, Bytes w) { _mm512_storeu_si512(p, w); }
   class Tally {

@@ -6,9 +6,6 @@ namespace blockpress {
 namespace {
 
 constexpr const char* kNames[kWeightInputs] = {"mask", "values", "offsets", "scales", "bias"};
-constexpr int64_t kMaxColumns = INT32_MAX;
-// A sum of products of int8, each at most 127 * 127, stays below 2^31.
-constexpr int64_t kMaxInt8Columns = INT32_MAX / (127 * 127);
 
 int64_t CeilDiv(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
@@ -32,24 +29,13 @@ int64_t BytesOf(ort::ElementType type) {
   }
 }
 
-bool CheckType(WeightInput which, const Tensor& tensor, ort::ElementType type, const char* name, Message* message) {
-  if (tensor.type == type) return true;
-  return message->Set("%s must be %s, but has element type %d of ONNX", kNames[which], name,
-                      static_cast<int>(tensor.type));
+bool CheckType(WeightInput which, const Tensor& tensor, ort::ElementType type, const char* type_name,
+               Message* message) {
+  return blockpress::CheckType(kNames[which], tensor, type, type_name, message);
 }
 
 bool CheckRank(WeightInput which, const Tensor& tensor, int64_t rank, Message* message) {
-  if (tensor.rank == rank) return true;
-  return message->Set("%s must have %" PRId64 " axes, but has %" PRId64, kNames[which], rank,
-                      tensor.rank);
-}
-
-bool CheckAlignment(WeightInput which, const Tensor& tensor, Message* message) {
-  const int64_t bytes = BytesOf(tensor.type);
-  if (reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(bytes) == 0) return true;
-  return message->Set("%s lies at an address that is no multiple of %" PRId64
-                      " bytes; align it in the external data file",
-                      kNames[which], bytes);
+  return blockpress::CheckRank(kNames[which], tensor, rank, message);
 }
 
 bool TakeValueType(const Tensor& values, ValueType* type, Message* message) {
@@ -77,7 +63,7 @@ bool CheckTypesAndRanks(const Tensor (&inputs)[kWeightInputs], Message* message)
                      CheckRank(kScales, inputs[kScales], 2, message) && CheckRank(kBias, inputs[kBias], 1, message);
   if (!known) return false;
   for (int which = 0; which < kWeightInputs; ++which) {
-    if (!CheckAlignment(static_cast<WeightInput>(which), inputs[which], message)) return false;
+    if (!CheckAlignment(kNames[which], inputs[which], message)) return false;
   }
   return true;
 }
@@ -153,6 +139,40 @@ bool CheckOffsets(const Weight& weight, int64_t value_count, Message* message) {
 
 } // namespace
 
+bool CheckType(const char* name, const Tensor& tensor, ort::ElementType type, const char* type_name,
+               Message* message) {
+  if (tensor.type == type) return true;
+  return message->Set("%s must be %s, but has element type %d of ONNX", name, type_name,
+                      static_cast<int>(tensor.type));
+}
+
+bool CheckRank(const char* name, const Tensor& tensor, int64_t rank, Message* message) {
+  if (tensor.rank == rank) return true;
+  return message->Set("%s must have %" PRId64 " axes, but has %" PRId64, name, rank, tensor.rank);
+}
+
+bool CheckAlignment(const char* name, const Tensor& tensor, Message* message) {
+  const int64_t bytes = BytesOf(tensor.type);
+  if (reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(bytes) == 0) return true;
+  return message->Set("%s lies at an address that is no multiple of %" PRId64
+                      " bytes; align it in the external data file",
+                      name, bytes);
+}
+
+bool CheckActivationBits(int64_t activation_bits, Message* message) {
+  if (activation_bits == 32 || activation_bits == 8) return true;
+  return message->Set("activation_bits must be 32 or 8, but is %" PRId64, activation_bits);
+}
+
+bool CheckSummedColumns(int64_t columns, Message* message) {
+  // A sum of products of int8, each at most 127 * 127, stays below 2^31.
+  constexpr int64_t kMost = INT32_MAX / (127 * 127);
+  if (columns <= kMost) return true;
+  return message->Set("with activation_bits = 8 a scale may cover %" PRId64 " columns, but covers %" PRId64
+                      "; int32 sums would overflow",
+                      kMost, columns);
+}
+
 bool CheckAttributes(const Attributes& attributes, Message* message) {
   if (attributes.format_version != 1) {
     return message->Set("format_version %" PRId64
@@ -167,10 +187,7 @@ bool CheckAttributes(const Attributes& attributes, Message* message) {
     return message->Set("group_size must be 0 or a multiple of 64, but is %" PRId64,
                         attributes.group_size);
   }
-  if (attributes.activation_bits != 32 && attributes.activation_bits != 8) {
-    return message->Set("activation_bits must be 32 or 8, but is %" PRId64, attributes.activation_bits);
-  }
-  return true;
+  return CheckActivationBits(attributes.activation_bits, message);
 }
 
 bool CheckWeight(const Attributes& attributes, const Tensor (&inputs)[kWeightInputs], Weight* weight,
@@ -194,13 +211,12 @@ bool CheckWeight(const Attributes& attributes, const Tensor (&inputs)[kWeightInp
       return message->Set("activation_bits = 8 is for int8 and int4 values only");
     }
     const int64_t summed = weight->group_size < weight->columns ? weight->group_size : weight->columns;
-    if (summed > kMaxInt8Columns) {
-      return message->Set("with activation_bits = 8 a scale may cover %" PRId64
-                          " columns, but covers %" PRId64 "; int32 sums would overflow",
-                          kMaxInt8Columns, summed);
-    }
+    if (!CheckSummedColumns(summed, message)) return false;
   }
   weight->mask = static_cast<const uint8_t*>(inputs[kMask].data);
+  weight->mask_stride = weight->mask_row_bytes();
+  weight->tail = nullptr;
+  weight->tail_strip = 0;
   weight->values = static_cast<const uint8_t*>(inputs[kValues].data);
   weight->offsets = static_cast<const int64_t*>(inputs[kOffsets].data);
   weight->scales = static_cast<const float*>(inputs[kScales].data);

@@ -27,6 +27,18 @@ struct Attributes {
   int64_t activation_bits;
 };
 
+constexpr int64_t kMaxColumns = INT32_MAX;
+
+// Whether the input of this name has the type, of that name, or the axes, or an address as its elements need it.
+bool CheckType(const char* name, const Tensor& tensor, ort::ElementType type, const char* type_name, Message* message);
+bool CheckRank(const char* name, const Tensor& tensor, int64_t rank, Message* message);
+bool CheckAlignment(const char* name, const Tensor& tensor, Message* message);
+
+bool CheckActivationBits(int64_t activation_bits, Message* message);
+
+// Whether products of int8 in so many columns, rounded, fit in an int32 sum.
+bool CheckSummedColumns(int64_t columns, Message* message);
+
 // Whether the attributes hold by themselves; if not, `message` says which does not and why.
 bool CheckAttributes(const Attributes& attributes, Message* message);
 

@@ -8,6 +8,7 @@
 //   Cursor<type>           walks the values of some rows, one or two pieces of 64 columns (eight bytes of its mask each) at
 //                          a time, with memory of the type Scratch<type> and one object of the type Constants for all
 //   ArrangePiece(x)        puts a piece of a row of X as int8 in the order in which the cursor gives columns as int8
+//   EachDenseBytes(p, use) calls use(j, vector j in that order) for the piece of int8 at p
 //   StoreBytes, FromBytes  a vector of int8 to memory; kFloats int8 in memory as float32
 //   Tally                  the sum of vectors of int8
 //   kAdded                 what TileDots adds to X as int8, so that it has no sign
@@ -55,7 +56,7 @@ template <class Isa, ValueType type> inline void FetchValues(const uint8_t* valu
 }
 
 template <class Isa> inline void FetchNextMask(const Weight& weight, int64_t row) {
-  const uint8_t* next = weight.mask + (row + 1) * weight.mask_row_bytes();
+  const uint8_t* next = weight.mask + (row + 1) * weight.mask_stride;
   for (int64_t byte = 0; byte < weight.mask_row_bytes(); byte += 64) Isa::Fetch(next + byte);
 }
 
@@ -160,6 +161,38 @@ BLOCKPRESS_INLINE void RowTimesBytes(const Weight& weight, int64_t row, Cursor* 
     });
   }
   for (int i = 0; i < Rows; ++i) store(i, Isa::Sum(total[i]));
+}
+
+// The product of a dense weight with few rows of X as int8, of one strip.
+template <class Isa, int Rows>
+BLOCKPRESS_NOINLINE void MultiplyDense(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row,
+                                       float* y) {
+  const uint8_t* values = weight.strip_values(first_row / kStripRows);
+  for (int64_t row = first_row; row < last_row; ++row, values += weight.columns) {
+    typename Isa::template Dots<ValueType::kInt8, Rows> dots;
+    for (int64_t k = 0; k < weight.columns; k += kPieceColumns) { // behind the row's end x is 0
+      Isa::Fetch(values + k + kValuesAhead);
+      Isa::EachDenseBytes(values + k, [&](int j, typename Isa::Bytes w) {
+        dots.Add(j, w, x.quantized + k + j * Isa::kBytes, x.stride);
+      });
+    }
+    for (int i = 0; i < Rows; ++i)
+      y[i * weight.rows + row] =
+          Isa::Sum(dots.Sums(i)) * *weight.row_scales(row) * x.scales[i] + weight.row_bias(row);
+  }
+}
+
+template <class Isa>
+void MultiplyDense(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row, float* y) {
+  for (int64_t first = first_row; first < last_row; first += kStripRows) {
+    const int64_t last = std::min(first + kStripRows, last_row);
+    switch (x.rows) {
+    case 1: MultiplyDense<Isa, 1>(weight, x, first, last, y); break;
+    case 2: MultiplyDense<Isa, 2>(weight, x, first, last, y); break;
+    case 3: MultiplyDense<Isa, 3>(weight, x, first, last, y); break;
+    default: MultiplyDense<Isa, 4>(weight, x, first, last, y);
+    }
+  }
 }
 
 // The product with few rows of X.
@@ -458,6 +491,9 @@ void MultiplyMany(const Weight& weight, const Activations& x, int64_t first_row,
 
 template <class Isa, ValueType type, bool quantized = false>
 inline void MultiplyRows(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row, float* y) {
+  if constexpr (quantized && type == ValueType::kInt8) {
+    if (x.rows <= kFewRows && weight.dense()) return MultiplyDense<Isa>(weight, x, first_row, last_row, y);
+  }
   if (x.rows <= kFewRows) return MultiplyFew<Isa, type, quantized>(weight, x, first_row, last_row, y);
   for (int64_t m = 0; m < x.rows; m += kMostInputs) {
     const Activations part = x.part(m, std::min(kMostInputs, x.rows - m));
@@ -477,6 +513,10 @@ inline void MultiplyIntegers(const Weight& weight, const Activations& x, int64_t
 template <class Isa>
 void Multiply(const Weight& weight, const Activations& x, int64_t first_strip, int64_t last_strip, float* y) {
   if (x.rows == 0) return;
+  if (weight.tail != nullptr && first_strip < weight.tail_strip && last_strip > weight.tail_strip) {
+    Multiply<Isa>(weight, x, first_strip, weight.tail_strip, y);
+    first_strip = weight.tail_strip;
+  }
   const int64_t first = first_strip * kStripRows;
   const int64_t last = std::min(last_strip * kStripRows, weight.rows);
   switch (weight.type) {

@@ -129,7 +129,7 @@ void MultiplyNarrow(const Weight& weight, const Activations& x, int64_t first_ro
 
 // What Kernels::multiply is, for these processors.
 void MultiplyNarrow(const Weight& weight, const Activations& x, int64_t first_strip, int64_t last_strip, float* y) {
-  if (x.rows == 0 || x.rows > kFewRows || x.widened == nullptr)
+  if (x.rows == 0 || x.rows > kFewRows || x.widened == nullptr || weight.dense())
     return Multiply<Avx2>(weight, x, first_strip, last_strip, y);
   const int64_t first = first_strip * kStripRows;
   const int64_t last = std::min(last_strip * kStripRows, weight.rows);

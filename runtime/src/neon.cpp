@@ -120,6 +120,9 @@ struct Neon {
   static Bytes LoadBytes(const int8_t* p) { return vld1q_s8(p); }
   static void StoreBytes(int8_t* p, Bytes w) { vst1q_s8(p, w); }
   static void ArrangePiece(int8_t*) {} // as it is
+  template <class Use> static void EachDenseBytes(const uint8_t* piece, Use use) {
+    for (int j = 0; j < 4; ++j) use(j, vreinterpretq_s8_u8(vld1q_u8(piece + 16 * j)));
+  }
 
   template <ValueType, int Rows> class Dots {
     static constexpr int kSums = Rows == 1 ? 2 : 1; // enough independent sums to hide the latency of SDOT

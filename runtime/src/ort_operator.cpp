@@ -6,8 +6,8 @@
 namespace blockpress {
 namespace {
 
-ort::Status* Refuse(const Kernel& kernel, const Message& message) {
-  return Fail(kernel, ort::kInvalidArgument, message.text());
+ort::Status* Refuse(const Node& node, const Message& message) {
+  return Fail(node, ort::kInvalidArgument, message.text());
 }
 
 // Reads type, shape and address of a tensor; `dims` gets at most `capacity` axes.
@@ -63,12 +63,10 @@ ort::Status* TakeConstantWeights(Kernel* kernel, const ort::KernelInfo* info) {
   for (int i = 0; i < kernel->op->weights; ++i) {
     Tensor inputs[kWeightInputs];
     for (int which = 0; which < kWeightInputs; ++which) {
-      int is_constant = 0;
-      const ort::Value* value = nullptr;
-      const size_t index = InputIndex(*kernel, i, which);
-      if (auto* status = kernel->api->KernelInfoGetConstantInput(info, index, &is_constant, &value)) return status;
-      if (is_constant == 0 || value == nullptr) return nullptr;
-      if (auto* status = Describe(*kernel, value, &inputs[which])) return status;
+      bool constant = false;
+      if (auto* status = TakeConstant(*kernel, info, InputIndex(*kernel, i, which), &constant, &inputs[which]))
+        return status;
+      if (!constant) return nullptr;
     }
     if (auto* status = CheckInputs(*kernel, i, inputs, &kernel->weights[i])) return status;
   }
@@ -104,6 +102,14 @@ ort::Status* TakeTensor(const Node& node, const ort::KernelContext* context, siz
   return Describe(node, value, tensor);
 }
 
+ort::Status* TakeConstant(const Node& node, const ort::KernelInfo* info, size_t index, bool* constant, Tensor* tensor) {
+  int is_constant = 0;
+  const ort::Value* value = nullptr;
+  if (auto* status = node.api->KernelInfoGetConstantInput(info, index, &is_constant, &value)) return status;
+  *constant = is_constant != 0 && value != nullptr;
+  return *constant ? Describe(node, value, tensor) : nullptr;
+}
+
 ort::Status* MakeOutput(const Node& node, ort::KernelContext* context, size_t index, const int64_t* dims, size_t rank,
                         float** data) {
   *data = nullptr;
@@ -122,18 +128,17 @@ ort::Status* TakeInput(const Node& node, const ort::KernelContext* context, size
   return Describe(node, value, &input->type, &input->rank, input->dims, kMostAxes, &input->data);
 }
 
-ort::Status* TakeX(const Kernel& kernel, const ort::KernelContext* context, Input* x, int64_t* rows) {
-  if (auto* status = TakeInput(kernel, context, 0, x)) return status;
+ort::Status* TakeX(const Node& node, const ort::KernelContext* context, int64_t columns, Input* x, int64_t* rows) {
+  if (auto* status = TakeInput(node, context, 0, x)) return status;
   Message message;
   if (x->type != ort::kFloat) {
     message.Set("x must be float32, but has element type %d of ONNX", static_cast<int>(x->type));
   } else if (x->rank < 1 || x->rank > kMostAxes) {
     message.Set("x must have 1 to %" PRId64 " axes, but has %" PRId64, kMostAxes, x->rank);
-  } else if (x->dims[x->rank - 1] != kernel.attributes.columns) {
-    message.Set("the last axis of x must be %" PRId64 ", but is %" PRId64, kernel.attributes.columns,
-                x->dims[x->rank - 1]);
+  } else if (x->dims[x->rank - 1] != columns) {
+    message.Set("the last axis of x must be %" PRId64 ", but is %" PRId64, columns, x->dims[x->rank - 1]);
   }
-  if (!message.empty()) return Refuse(kernel, message);
+  if (!message.empty()) return Refuse(node, message);
   *rows = 1;
   for (int64_t axis = 0; axis < x->rank - 1; ++axis) {
     if (x->dims[axis] == 0) *rows = 0;
@@ -150,18 +155,15 @@ ort::Status* TakeWeight(const Kernel& kernel, const ort::KernelContext* context,
   }
   Tensor inputs[kWeightInputs];
   for (int which = 0; which < kWeightInputs; ++which) {
-    const ort::Value* value = nullptr;
-    const size_t index = InputIndex(kernel, number, which);
-    if (auto* status = kernel.api->KernelContextGetInput(context, index, &value)) return status;
-    if (auto* status = Describe(kernel, value, &inputs[which])) return status;
+    if (auto* status = TakeTensor(kernel, context, InputIndex(kernel, number, which), &inputs[which])) return status;
   }
   return CheckInputs(kernel, number, inputs, weight);
 }
 
-ort::Status* TakeOutput(const Kernel& kernel, ort::KernelContext* context, int number, int64_t width, Input* x,
+ort::Status* TakeOutput(const Node& node, ort::KernelContext* context, int number, int64_t width, Input* x,
                         float** y) {
   x->dims[x->rank - 1] = width;
-  return MakeOutput(kernel, context, static_cast<size_t>(number), x->dims, static_cast<size_t>(x->rank), y);
+  return MakeOutput(node, context, static_cast<size_t>(number), x->dims, static_cast<size_t>(x->rank), y);
 }
 
 ort::Status* BLOCKPRESS_ORT_CALL CreateKernel(const ort::CustomOp* op, const ort::Api* api,

@@ -37,6 +37,7 @@ struct AttentionOperator : Operator {
 
 extern const ProductOperator kSparseMatMul[kMostWeights];
 extern const ProductOperator kSparseExpertMatMul;
+extern const Operator kInt8MatMul;
 extern const AttentionOperator kCachedAttention;
 extern const AttentionOperator kRotaryAttention;
 
@@ -90,19 +91,22 @@ ort::Status* TakeInput(const Node& node, const ort::KernelContext* context, size
 // The same of a tensor of at most kMaxRank axes, or of those of another.
 ort::Status* TakeTensor(const Node& node, const ort::KernelContext* context, size_t index, Tensor* tensor);
 
+// An input that is the same at every run, where ONNX Runtime knows that it is, at the creation of the node.
+ort::Status* TakeConstant(const Node& node, const ort::KernelInfo* info, size_t index, bool* constant, Tensor* tensor);
+
 // Output `index` of this shape; `data` is null where it is empty.
 ort::Status* MakeOutput(const Node& node, ort::KernelContext* context, size_t index, const int64_t* dims, size_t rank,
                         float** data);
 
-// x, checked; `rows` is the product of its leading axes.
-ort::Status* TakeX(const Kernel& kernel, const ort::KernelContext* context, Input* x, int64_t* rows);
+// x, checked: its last axis is `columns`, and `rows` the product of the others.
+ort::Status* TakeX(const Node& node, const ort::KernelContext* context, int64_t columns, Input* x, int64_t* rows);
 
 // A weight of this run: the constant one, or the run's own inputs, checked.
 ort::Status* TakeWeight(const Kernel& kernel, const ort::KernelContext* context, int number, Weight* weight);
 
 // Output `number`, of x's leading axes and `width` columns, which takes the place of x's last axis; `y` is null where it
 // is empty.
-ort::Status* TakeOutput(const Kernel& kernel, ort::KernelContext* context, int number, int64_t width, Input* x,
+ort::Status* TakeOutput(const Node& node, ort::KernelContext* context, int number, int64_t width, Input* x,
                         float** y);
 
 // What creates and destroys the nodes of products.

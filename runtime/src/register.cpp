@@ -28,6 +28,7 @@ BLOCKPRESS_EXPORT ort::Status* BLOCKPRESS_ORT_CALL RegisterCustomOps(ort::Sessio
   using blockpress::kSparseMatMul;
   const blockpress::Operator* const operators[] = {
       &kSparseMatMul[0],          &kSparseMatMul[1], &kSparseMatMul[2], &blockpress::kSparseExpertMatMul,
+      &blockpress::kInt8MatMul,
       &blockpress::kCachedAttention, &blockpress::kRotaryAttention};
   for (const blockpress::Operator* op : operators) {
     if (auto* status = api->CustomOpDomainAdd(domain, op)) return status;

@@ -36,7 +36,7 @@ ort::Status* BLOCKPRESS_ORT_CALL Compute(void* self, ort::KernelContext* context
   const Kernel& kernel = *static_cast<const Kernel*>(self);
   Input x;
   ExpertProducts products;
-  if (auto* status = TakeX(kernel, context, &x, &products.rows)) return status;
+  if (auto* status = TakeX(kernel, context, kernel.attributes.columns, &x, &products.rows)) return status;
   if (auto* status = TakeExperts(kernel, context, x, &products.experts)) return status;
   if (auto* status = TakeWeight(kernel, context, 0, &products.weight)) return status;
   if (auto* status = TakeOutput(kernel, context, 0, kernel.expert_rows, &x, &products.y)) return status;

@@ -11,7 +11,7 @@ ort::Status* BLOCKPRESS_ORT_CALL Compute(void* self, ort::KernelContext* context
   Input x;
   int64_t rows = 0;
   Product of[kMostWeights];
-  if (auto* status = TakeX(kernel, context, &x, &rows)) return status;
+  if (auto* status = TakeX(kernel, context, kernel.attributes.columns, &x, &rows)) return status;
   for (int i = 0; i < count; ++i) {
     if (auto* status = TakeWeight(kernel, context, i, &of[i].weight)) return status;
     of[i].first = 0;

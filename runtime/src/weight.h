@@ -19,20 +19,24 @@ constexpr int64_t ElementBytes(ValueType type) {
   return type == ValueType::kFloat32 ? 4 : type == ValueType::kFloat16 || type == ValueType::kBfloat16 ? 2 : 1;
 }
 
-// W (rows, columns).
+// W (rows, columns). A dense one looks the same: one row of set bits is the mask of all (dense_weight.h).
 struct Weight {
   ValueType type;
   int64_t rows;
   int64_t columns;
   int64_t group_size; // a multiple of 64, or `columns` rounded up to one where a row has a single scale
   const uint8_t* mask;
+  int64_t mask_stride; // bytes from one row of the mask to the next; 0 where the weight is dense
   const uint8_t* values;
+  const uint8_t* tail; // values of the last strips, where they do not follow the others; else null
+  int64_t tail_strip;  // the first of those
   const int64_t* offsets;
   const float* scales;
   int64_t scales_per_row; // 0 where one scale holds for every row
   const float* bias;
   bool bias_per_row; // false where one bias holds for every row
 
+  bool dense() const { return mask_stride == 0; }
   int64_t strips() const { return (rows + kStripRows - 1) / kStripRows; }
   int64_t pieces() const { return (columns + kPieceColumns - 1) / kPieceColumns; }
   int64_t mask_row_bytes() const { return (columns + 7) / 8; }
@@ -41,7 +45,7 @@ struct Weight {
 
   // The mask bits of columns 64 * piece to 64 * piece + 63 of a row; those past the last column are 0.
   uint64_t mask_word(int64_t row, int64_t piece) const {
-    const uint8_t* bytes = mask + row * mask_row_bytes() + piece * 8;
+    const uint8_t* bytes = mask + row * mask_stride + piece * 8;
     uint64_t word = 0;
     const int64_t left = mask_row_bytes() - piece * 8;
     if (left >= 8) {
@@ -51,14 +55,18 @@ struct Weight {
     }
     return word;
   }
-  const uint8_t* strip_values(int64_t strip) const { return values + offsets[strip] * ElementBytes(type); }
+  const uint8_t* strip_values(int64_t strip) const {
+    const bool in_tail = tail != nullptr && strip >= tail_strip;
+    const int64_t elements = offsets[strip] - (in_tail ? offsets[tail_strip] : 0);
+    return (in_tail ? tail : values) + elements * ElementBytes(type);
+  }
 };
 
 // The mask of one row in pieces of eight bytes, the last one filled up with zeros.
 class MaskRow {
 public:
   MaskRow(const Weight& weight, int64_t row)
-      : bytes_(weight.mask + row * weight.mask_row_bytes()), whole_(weight.mask_row_bytes() / 8) {
+      : bytes_(weight.mask + row * weight.mask_stride), whole_(weight.mask_row_bytes() / 8) {
     const int64_t left = weight.mask_row_bytes() - whole_ * 8;
     if (left != 0) std::memcpy(last_, bytes_ + whole_ * 8, static_cast<size_t>(left)); // a call, at every row
   }

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "dense_weight.h"
 #include "experts.h"
 #include "fuzz_attention.h"
 #include "fuzz_tools.h"
@@ -33,6 +34,13 @@ struct Packed {
   int64_t scale_rows = 1, scale_columns = 1;
   std::vector<double> dense; // (rows, columns): what the bits stand for, without the scales
 };
+
+template <typename T>
+Block Copy(Random& random, const std::vector<T>& from, size_t alignment) {
+  Block block(random, from.size() * sizeof(T), alignment);
+  if (!from.empty()) std::memcpy(block.as<uint8_t>(), from.data(), from.size() * sizeof(T));
+  return block;
+}
 
 // The tensors in memory of their own.
 class Laid {
@@ -56,13 +64,6 @@ class Laid {
   Tensor tensors[kWeightInputs];
 
  private:
-  template <typename T>
-  static Block Copy(Random& random, const std::vector<T>& from, size_t alignment) {
-    Block block(random, from.size() * sizeof(T), alignment);
-    if (!from.empty()) std::memcpy(block.as<uint8_t>(), from.data(), from.size() * sizeof(T));
-    return block;
-  }
-
   Block mask_, values_, offsets_, scales_, bias_;
 };
 
@@ -418,6 +419,60 @@ std::string CompareExperts(Random& random, const Kernels& kernels, double* worst
   return CompareOutputs(packed, weight, inputs, 0, rows, width, experts.data(), y.as<float>(), worst);
 }
 
+// A matrix of int8 of which every weight is stored, as it is.
+Packed RandomDense(Random& random) {
+  Packed packed;
+  packed.type = ValueType::kInt8;
+  packed.rows = Between(random, 0, 100);
+  packed.attributes.columns = Between(random, 1, Between(random, 0, 7) == 0 ? 4000 : 300);
+  packed.attributes.activation_bits = Between(random, 0, 1) == 0 ? 32 : 8;
+  for (int64_t i = 0; i < packed.rows * packed.attributes.columns; ++i) {
+    packed.values.push_back(static_cast<uint8_t>(RandomStored(random, packed.type)));
+    packed.dense.push_back(Decoded(packed.type, packed.values.back()));
+  }
+  packed.scale_rows = packed.rows;
+  packed.scales.resize(static_cast<size_t>(packed.rows));
+  for (float& scale : packed.scales) scale = 0.01f + std::fabs(Normal(random));
+  packed.bias.resize(Between(random, 0, 1) == 0 ? 1 : static_cast<size_t>(packed.rows));
+  for (float& bias : packed.bias) bias = Normal(random);
+  return packed;
+}
+
+// Multiplies by a dense matrix, some of whose shapes or types may be wrong; returns what is wrong with the result.
+std::string CompareDense(Random& random, const Kernels& kernels, double* worst) {
+  const Packed packed = RandomDense(random);
+  const Block values = Copy(random, packed.values, 1), scales = Copy(random, packed.scales, 4);
+  const Block bias = Copy(random, packed.bias, 4);
+  Tensor tensors[kDenseInputs] = {{ort::kInt8, 2, {packed.rows, packed.attributes.columns}, values.as<void>()},
+                                  {ort::kFloat, 1, {packed.rows}, scales.as<void>()},
+                                  {ort::kFloat, 1, {static_cast<int64_t>(packed.bias.size())}, bias.as<void>()}};
+  const bool damaged = Between(random, 0, 3) == 0;
+  if (damaged) {
+    Tensor& tensor = tensors[Between(random, 0, kDenseInputs - 1)];
+    switch (Between(random, 0, 3)) {
+      case 0: tensor.type = ort::kUint8; break;
+      case 1: tensor.rank += 1; break;
+      case 2: tensor.dims[0] += 2; break;
+      default: tensor.dims[tensor.rank - 1] = tensor.rank == 2 ? 0 : packed.rows + 2;
+    }
+  }
+  DenseParts parts;
+  Weight weight;
+  Message message;
+  if (!parts.Make(tensors, packed.attributes.activation_bits, &weight, &message)) {
+    return damaged ? "" : std::string("a good dense matrix is refused: ") + message.text();
+  }
+  if (damaged) return "damage to a dense matrix is not noticed";
+  if (packed.rows == 0) return "";
+  const Inputs inputs(random, weight, packed.attributes, kernels);
+  const int64_t first = inputs.RandomFirst(random), count = inputs.RandomCount(random, first);
+  const Block y(random, static_cast<size_t>(count * weight.rows) * 4, 4);
+  if (!MultiplyInRanges(random, kernels, weight, inputs.activations.part(first, count), y.as<float>())) {
+    return "rows outside of the strips are written";
+  }
+  return CompareOutputs(packed, weight, inputs, first, count, weight.rows, nullptr, y.as<float>(), worst);
+}
+
 const Kernels* Named(const char* name) {
 #if defined(BLOCKPRESS_X86) && defined(BLOCKPRESS_EMULATED_AVX512)
   if (std::strcmp(name, kAvx512Kernels.name) == 0) return &kAvx512Kernels;
@@ -443,6 +498,12 @@ int Fuzz(const Kernels& kernels, int64_t rounds, uint64_t seed) {
     const std::string wrong_experts = CompareExperts(random, kernels, &worst);
     if (!wrong_experts.empty()) {
       std::printf("%s: experts: %s: --rounds 1 --seed %llu --isa %s\n", kernels.name, wrong_experts.c_str(),
+                  static_cast<unsigned long long>(seed + static_cast<uint64_t>(round)), kernels.name);
+      return 1;
+    }
+    const std::string wrong_dense = CompareDense(random, kernels, &worst);
+    if (!wrong_dense.empty()) {
+      std::printf("%s: dense: %s: --rounds 1 --seed %llu --isa %s\n", kernels.name, wrong_dense.c_str(),
                   static_cast<unsigned long long>(seed + static_cast<uint64_t>(round)), kernels.name);
       return 1;
     }

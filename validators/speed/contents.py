@@ -12,6 +12,7 @@ from onnx import TensorProto
 
 from exporters.attention_function import is_attention
 from exporters.fragments import dtype_name, tensor_bytes
+from exporters.int8_function import is_int8_product
 from exporters.packed_function import (
     WEIGHT_INPUTS,
     first_weight_input,
@@ -40,6 +41,7 @@ class Contents:
         form: How most of its weights are stored, which names it: "sparse-int8" (packed), "sparse-initializers",
             "dense-float32", "dense-int4".
         packed_products: Products with packed weights: they need the operator library.
+        int8_products: Products with a dense int8 matrix that are one operator of the library.
         products: Products with a stored matrix, in whichever form.
         float_products: Those of them whose operator is that of floating-point numbers.
         file_bytes: Of the file and its external data.
@@ -58,12 +60,13 @@ class Contents:
     file_bytes: int
     data_files: tuple[Path, ...]
     bytes_per_step: int | None
+    int8_products: int = 0
     attentions: int = 0
 
     @property
     def has_own_operators(self) -> bool:
         """Whether the operator library has operators for nodes of the file."""
-        return self.packed_products + self.attentions > 0
+        return self.packed_products + self.int8_products + self.attentions > 0
 
 
 def contents_of(model: OnnxFile) -> Contents:
@@ -81,6 +84,7 @@ def contents_of(model: OnnxFile) -> Contents:
         path=model.path,
         form=_form(graph.node, constants),
         packed_products=sum(len(node.output) for node in filter(is_packed_product, graph.node)),
+        int8_products=sum(map(is_int8_product, graph.node)),
         products=sum(len(node.output) if is_packed_product(node) else 1 for node in products),
         float_products=sum(node.op_type in _FLOAT_PRODUCTS for node in products),
         file_bytes=sum(path.stat().st_size for path in (model.path, *data_files)),
@@ -129,6 +133,8 @@ def _told_by(node: onnx.NodeProto, constants: Mapping[str, StoredTensor]) -> lis
     if node.op_type == "MatMulNBits":
         bits = next((attribute.i for attribute in node.attribute if attribute.name == "bits"), 4)
         return [(1, f"dense-int{bits}")]
+    if is_int8_product(node):
+        return [(1, "dense-int8")]
     if node.op_type in _INTEGER_PRODUCTS:
         return [(place, "dense-int8") for place in range(1, len(node.input)) if place in (1, 3)]
     return []
@@ -150,7 +156,7 @@ def _has_weight(
     node: onnx.NodeProto, constants: Mapping[str, StoredTensor], makers: Mapping[str, onnx.NodeProto]
 ) -> bool:
     """Whether the node multiplies by a constant matrix, which may be cast or transposed first."""
-    if is_packed_product(node) or node.op_type == "MatMulNBits":
+    if is_packed_product(node) or is_int8_product(node) or node.op_type == "MatMulNBits":
         return True
     if node.op_type not in _FLOAT_PRODUCTS | _INTEGER_PRODUCTS:
         return False

@@ -175,10 +175,10 @@ def _notices(models: Sequence[ModelSpeed]) -> tuple[str, ...]:
             "nearly so: these speeds say little about larger models"
         )
     for model in models:
-        if model.contents.packed_products and model.library is None:
+        if model.contents.has_own_operators and model.library is None:
+            unpacked = " unpacked the weights at every step" if model.contents.packed_products else " ran"
             notices.append(
-                f"{model.name}: without the operator library blockpress-runtime a function in the file unpacked the "
-                "weights at every step"
+                f"{model.name}: without the operator library blockpress-runtime functions in the file{unpacked}"
             )
         if model.contents.form == "sparse-initializers":
             notices.append(
