@@ -25,6 +25,7 @@ from exporters.packed_function import DOMAIN, is_packed_product
 
 __all__ = [
     "CACHED_ATTENTION",
+    "CACHE_ROOM",
     "ROTARY_ATTENTION",
     "attention_function",
     "called_nodes",
@@ -34,6 +35,8 @@ __all__ = [
 
 CACHED_ATTENTION = "CachedAttention"
 ROTARY_ATTENTION = "RotaryAttention"
+# In the metadata of a file: "1" where the operators may be given a past with room for tokens to come (cache_room).
+CACHE_ROOM = "blockpress.cache_room"
 _TABLES = {CACHED_ATTENTION: "", ROTARY_ATTENTION: ", cos, sin"}
 
 _TEXT = """

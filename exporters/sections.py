@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from exporters.cache_room import read_past_from_mask
 from exporters.trace import TracedModel
 
 __all__ = ["EPILOGUE", "PROLOGUE", "Section", "split_sections"]
@@ -22,6 +23,7 @@ def split_sections(traced: TracedModel) -> dict[Section, list[ir.Node]]:
     that enters the head belongs to the epilogue, everything else is computed once and belongs to the prologue.
     """
     _share_sizes(traced)
+    read_past_from_mask(traced)
     owners = _owners(traced)
     sections: dict[Section, list[ir.Node]] = {owner: [] for owner in range(len(traced.blocks))}
     sections[PROLOGUE], sections[EPILOGUE] = [], []

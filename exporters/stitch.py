@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from exporters.attention_function import CACHE_ROOM
+from exporters.cache_room import has_cache_room
 from exporters.errors import ExportError
 from exporters.graph_weights import GraphWeight, WeightTable, WeightUse, onnx_dtype, weight_uses
 from exporters.parts import ModelParts
@@ -52,6 +54,8 @@ def stitch(parts: ModelParts, templates: Sequence[Template], traced: TracedModel
         name="causal_lm",
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="blockpress")
+    if has_cache_room(traced):
+        model.metadata_props[CACHE_ROOM] = "1"
     return Stitched(model, assembly.table.weights, embedded, block_outputs)
 
 

@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
-from exporters.attention_function import called_nodes, is_attention
+from exporters.attention_function import CACHE_ROOM, called_nodes, is_attention
 from exporters.graph_nodes import used_nodes
 from exporters.int8_function import is_int8_product
 from exporters.packed_function import DOMAIN, is_expert_product, is_packed_product, weight_inputs
@@ -69,6 +69,8 @@ def unpack_graph(proto: onnx.ModelProto, stored: Mapping[str, StoredTensor]) -> 
     nodes = [NodeProto.FromString(node.SerializeToString()) for node in used_nodes(nodes, proto.graph)]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
+    for entry in [entry for entry in proto.metadata_props if entry.key == CACHE_ROOM]:
+        proto.metadata_props.remove(entry)  # only our own attention knows room
     for entries in (proto.functions, proto.opset_import):
         for entry in [entry for entry in entries if entry.domain == DOMAIN]:
             entries.remove(entry)

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from exporters.attention_function import CACHE_ROOM
 from validators.errors import ValidationError
 from validators.reference import Floats, Ids, position_ids
-from validators.session import Port, Session, to_float32
+from validators.session import BoundSession, Port, Session, to_float32
 
 _FLOAT_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
 _INT_TYPES = ("tensor(int64)", "tensor(int32)")
@@ -28,6 +29,13 @@ class CacheSlot:
 
     past: Port  # [batch, kv_heads, past, head_dim]
     present: str
+
+
+@dataclass(frozen=True)
+class RoomyCache:
+    """A KV cache with room for tokens to come, and the graph that extends it in place."""
+
+    bound: BoundSession
 
 
 class CausalLM:
@@ -98,6 +106,25 @@ class CausalLM:
             past = {slot.past.name: values[slot.present] for slot in self.cache if stop < length}
         return {name: np.concatenate(rows, axis=1) for name, rows in parts.items()}
 
+    @property
+    def has_cache_room(self) -> bool:
+        """Whether the graph extends a cache with room for more tokens in place: see ``with_room``."""
+        return self.session.library and self.session.metadata.get(CACHE_ROOM) == "1"
+
+    def with_room(self, past: dict[str, Any], tokens: int) -> RoomyCache:
+        """The cache with room for so many tokens in all, which the steps that get it then extend in place."""
+        shared = {}
+        for slot in self.cache:
+            array = past[slot.past.name].numpy()
+            roomy = np.zeros((*array.shape[:2], tokens, array.shape[3]), array.dtype)
+            roomy[:, :, : array.shape[2]] = array
+            shared[slot.past.name] = (slot.present, self.session.value(roomy, slot.past))
+        return RoomyCache(self.session.bind("logits", shared))
+
+    def extend(self, ids: Ids, attention_mask: Ids, cache: RoomyCache) -> Any:
+        """``step`` with a cache that has room: the logits; the cache then holds these tokens too."""
+        return cache.bound.run(self._plain_feeds(ids, attention_mask))
+
     def step(self, ids: Ids, attention_mask: Ids, past: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """One run of the graph as a server makes it: the logits, not converted, and the cache with these tokens.
 
@@ -113,24 +140,27 @@ class CausalLM:
         self, ids: Ids, mask: Ids, past: dict[str, Any], outputs: Sequence[str], *, keep_cache: bool
     ) -> dict[str, Any]:
         """One run of the graph. ``ids``: (B, new tokens); ``mask``: (B, past + new tokens)."""
+        feeds = {**self._plain_feeds(ids, mask), **(past or self._empty_cache(ids.shape[0]))}
+        presents = [slot.present for slot in self.cache] if keep_cache else []
+        values = self.session.run(feeds, [*outputs, *presents])
+        for slot in self.cache if keep_cache else ():
+            _, heads, _, head_dim = values[slot.present].shape()
+            self._head_shapes[slot.past.name] = (heads, head_dim)
+        return values
+
+    def _plain_feeds(self, ids: Ids, mask: Ids) -> dict[str, Any]:
+        """The inputs without the cache."""
         session = self.session
         plain = {
             "input_ids": ids,
             "attention_mask": mask,
             "position_ids": position_ids(mask)[:, -ids.shape[1] :],
         }
-        feeds = {
+        return {
             name: session.value(array, session.inputs[name])
             for name, array in plain.items()
             if name in session.inputs
         }
-        feeds.update(past or self._empty_cache(ids.shape[0]))
-        presents = [slot.present for slot in self.cache] if keep_cache else []
-        values = session.run(feeds, [*outputs, *presents])
-        for slot in self.cache if keep_cache else ():
-            _, heads, _, head_dim = values[slot.present].shape()
-            self._head_shapes[slot.past.name] = (heads, head_dim)
-        return values
 
     def _empty_cache(self, batch: int) -> dict[str, Any]:
         """A KV cache of no tokens.

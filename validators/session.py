@@ -70,6 +70,7 @@ class Session:
         path: The file.
         provider: The execution provider that runs it (nodes that it lacks run on the CPU).
         inputs, outputs: The graph's ports by name, in order.
+        library: Whether the operators of blockpress-runtime are registered.
         load_s: Seconds that loading took.
         load_rss_bytes: Resident memory that loading added to this process.
         notices: What the user should know about the installation.
@@ -100,6 +101,7 @@ class Session:
             ValidationUsageError: E-PROVIDER-UNKNOWN: there is no provider of that name.
             ValidationResourceError: E-PROVIDER-UNAVAILABLE, E-ORT-MISSING, or E-VALIDATE-MEMORY.
         """
+        self.library = library
         ort = import_onnxruntime()
         wanted = choose_provider(provider)
         model: str | bytes = str(path) if graph is None else graph
@@ -142,6 +144,21 @@ class Session:
             return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, _NUMPY_TYPES[port.type]))
 
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The file's ``metadata_props``."""
+        found: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
+        return found
+
+    def bind(self, output: str, shared: Mapping[str, tuple[str, Any]]) -> BoundSession:
+        """The graph with one output, and with inputs whose memory other outputs are written into.
+
+        Args:
+            output: Its name.
+            shared: By name of the input, the name of the output and the value that is both.
+        """
+        return BoundSession(self.path, self._session, output, shared)
+
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
         """The named outputs, as values of ONNX Runtime that can be fed again.
 
@@ -154,6 +171,33 @@ class Session:
         except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
             raise _run_error(self.path, error) from error
         return dict(zip(outputs, values, strict=True))
+
+
+class BoundSession:
+    """A session of which some inputs and outputs share their memory from run to run."""
+
+    def __init__(self, path: Path, session: Any, output: str, shared: Mapping[str, tuple[str, Any]]) -> None:
+        self._path, self._session, self._output, self._shared = path, session, output, shared
+        self._binding = session.io_binding()
+        self._binding.bind_output(output)
+        for name, (written, value) in shared.items():
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(written, value)
+
+    def run(self, feeds: Mapping[str, Any]) -> Any:
+        """The output, as a value of ONNX Runtime; ``feeds`` are the other inputs.
+
+        Raises:
+            ValidationError, ValidationResourceError: As ``Session.run``.
+        """
+        try:
+            for name, value in feeds.items():
+                self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_output(self._output)
+            self._session.run_with_iobinding(self._binding)
+            return self._binding.get_outputs()[0]
+        except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
+            raise _run_error(self._path, error) from error
 
 
 def import_onnxruntime() -> Any:

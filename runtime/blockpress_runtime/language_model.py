@@ -18,6 +18,9 @@ Floats = NDArray[np.float32]
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 _PLAIN_INPUTS = ("input_ids", "attention_mask", "position_ids")
+# In the metadata of a file: "1" where new keys and values may be written into room behind the past ones (ATTENTION.md).
+_CACHE_ROOM = "blockpress.cache_room"
+_LEAST_ROOM = 256  # tokens
 # The graph gives logits for every token that goes in: with a long prompt and a large vocabulary that is much memory.
 _TOKENS_AT_ONCE = 128
 
@@ -81,6 +84,8 @@ class LanguageModel:
                 f".value, a present one are expected; missing: {', '.join(missing) or 'input_ids'}"
             )
         self._past = {name: self._empty(self._inputs[name]) for name in self._cache}
+        self._extends = self._session.get_modelmeta().custom_metadata_map.get(_CACHE_ROOM) == "1"
+        self._room = 0  # tokens that the cache has places for, where it is extended in place
         self.read: list[int] = []
 
     def next_logits(self, tokens: Sequence[int]) -> Floats:
@@ -106,14 +111,43 @@ class LanguageModel:
             "position_ids": np.arange(read, total)[None],
         }
         feeds = {name: self._value(array, name) for name, array in plain.items() if name in self._inputs}
-        names = ["logits", *self._cache.values()]
         try:
-            values = self._session.run_with_ort_values(names, {**feeds, **self._past})
+            # Only a first run tells how many heads the cache has.
+            logits = self._extend(feeds, total) if self._extends and read else self._grow(feeds)
         except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
             raise BlockpressRuntimeError(f"the model does not run: {error}") from error
-        self._past = dict(zip(self._cache, values[1:], strict=True))
         self.read = [*self.read[:read], *tokens]
-        return np.asarray(values[0].numpy()[0, -1], np.float32)
+        return np.asarray(logits.numpy()[0, -1], np.float32)
+
+    def _grow(self, feeds: dict[str, Any]) -> Any:
+        """A run that makes a cache with the new tokens behind the past ones."""
+        names = ["logits", *self._cache.values()]
+        logits, *presents = self._session.run_with_ort_values(names, {**feeds, **self._past})
+        self._past = dict(zip(self._cache, presents, strict=True))
+        return logits
+
+    def _extend(self, feeds: dict[str, Any], total: int) -> Any:
+        """A run that writes the new tokens into the cache, which has places for all ``total``."""
+        if total > self._room:
+            self._make_room(max(_LEAST_ROOM, 2 * total))
+        for name, value in feeds.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_output("logits")
+        self._session.run_with_iobinding(self._binding)
+        return self._binding.get_outputs()[0]
+
+    def _make_room(self, tokens: int) -> None:
+        """Move the cache to where there is room for so many tokens."""
+        self._binding = self._session.io_binding()
+        self._binding.bind_output("logits")
+        for name, present in self._cache.items():
+            array = self._past[name].numpy()
+            roomy = np.zeros((*array.shape[:2], tokens, array.shape[3]), array.dtype)
+            roomy[:, :, : array.shape[2]] = array
+            self._past[name] = self._ort.OrtValue.ortvalue_from_numpy(roomy)
+            self._binding.bind_ortvalue_input(name, self._past[name])
+            self._binding.bind_ortvalue_output(present, self._past[name])
+        self._room = tokens
 
     def _value(self, array: NDArray[Any], name: str) -> Any:
         dtype = _INTEGERS.get(self._inputs[name].type)

@@ -42,13 +42,16 @@ ort::Status* ForEach(Run* run, Host* host, bool shared, void (*task)(void*, size
   return nullptr;
 }
 
-// Those of the keys from first_key to last_key - 1 that are old.
+void CopyRows(const float* past, int64_t first, int64_t last, int64_t width, float* present) {
+  if (first >= last || past == present) return;
+  std::memcpy(present + first * width, past + first * width, static_cast<size_t>((last - first) * width) * sizeof(float));
+}
+
+// Those of the keys from first_key to last_key - 1 that are old, and the room behind the last.
 void CopyPast(const Attention& attention, const float* past, int64_t first_key, int64_t last_key, int64_t width,
               float* present) {
-  const int64_t last = std::min(last_key, attention.past);
-  if (first_key >= last) return;
-  std::memcpy(present + first_key * width, past + first_key * width,
-              static_cast<size_t>((last - first_key) * width) * sizeof(float));
+  CopyRows(past, first_key, std::min(last_key, attention.past), width, present);
+  if (last_key == attention.keys()) CopyRows(past, last_key, attention.past_room, width, present);
 }
 
 // Looks through one row of the mask.
@@ -152,16 +155,14 @@ void Rotate(const Attention& attention, int64_t batch, int64_t token, const floa
 
 void ExtendCache(const Attention& attention, int64_t batch, int64_t head, int64_t first_key, int64_t last_key) {
   const int64_t width = attention.key_width, value_width = attention.value_width;
-  const int64_t of_head = batch * attention.key_heads + head, past = of_head * attention.past;
-  float* keys = attention.present_key + of_head * attention.keys() * width;
-  float* values = attention.present_value + of_head * attention.keys() * value_width;
-  CopyPast(attention, attention.past_key + past * width, first_key, last_key, width, keys);
-  CopyPast(attention, attention.past_value + past * value_width, first_key, last_key, value_width, values);
+  const HeadCache of(attention, batch, head);
+  CopyPast(attention, of.past_keys, first_key, last_key, width, of.keys);
+  CopyPast(attention, of.past_values, first_key, last_key, value_width, of.values);
   for (int64_t key = std::max(first_key, attention.past); key < last_key; ++key) {
     const int64_t token = key - attention.past;
     const int64_t place = (batch * attention.tokens + token) * attention.key_heads + head;
-    Rotate(attention, batch, token, attention.k + place * width, 1.0f, keys + key * width, 1);
-    std::memcpy(values + key * value_width, attention.v + place * value_width,
+    Rotate(attention, batch, token, attention.k + place * width, 1.0f, of.keys + key * width, 1);
+    std::memcpy(of.values + key * value_width, attention.v + place * value_width,
                 static_cast<size_t>(value_width) * sizeof(float));
   }
 }
@@ -176,7 +177,7 @@ ort::Status* Attend(const Kernels& kernels, Attention attention, Host* host) {
   const int64_t floats = run.heads * keys * (attention.key_width + attention.value_width);
   const bool few = rows <= kFewHeadRows, shared = rows != 0 && floats > kSharedFloats / rows;
   if (!few || rows == 0) { // else what attends to keys also puts them into the cache
-    const int64_t segments = (keys + kExtendedKeys - 1) / kExtendedKeys;
+    const int64_t segments = std::max<int64_t>(1, (keys + kExtendedKeys - 1) / kExtendedKeys); // a cache may be all room
     if (auto* status = ForEach(&run, host, shared, &ExtendTask, segments * run.heads)) return status;
   }
   if (rows == 0) return nullptr;

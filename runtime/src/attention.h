@@ -26,17 +26,19 @@ enum class MaskTile : uint8_t {
   kHidden, // none has a part in the softmax
 };
 
-// Checked, and not owned. B batches, S new tokens, P past ones, T = P + S keys, H query heads, N key heads.
+// Checked, and not owned. B batches, S new tokens, P past ones, T = P + S keys, H query heads, N key heads. The past has
+// room for C keys: for P, or for T or more, where the present has that room too, and may be the same memory.
 struct Attention {
   int64_t batches, tokens, past, heads, key_heads;
   int64_t key_width, value_width; // D and E, of one head
+  int64_t past_room;              // C
   int64_t rotary_width;           // the first columns of queries and keys that are rotated; 0 for none
   float scale;
   const float* q;          // (B, S, H, D)
   const float* k;          // (B, S, N, D)
   const float* v;          // (B, S, N, E)
-  const float* past_key;   // (B, N, P, D)
-  const float* past_value; // (B, N, P, E)
+  const float* past_key;   // (B, N, C, D)
+  const float* past_value; // (B, N, C, E)
   const float* mask;       // rows of T, from one batch, head and token to the next so many rows further
   int64_t mask_batch_rows, mask_head_rows, mask_token_rows;
   int64_t mask_rows;
@@ -45,10 +47,11 @@ struct Attention {
   int64_t table_batch_rows;
   const MaskTile* tiles; // (mask_rows, tiles_per_row)
   float* y;              // (B, S, H, E)
-  float* present_key;    // (B, N, T, D)
-  float* present_value;  // (B, N, T, E)
+  float* present_key;    // (B, N, C or T, D)
+  float* present_value;  // (B, N, C or T, E)
 
   int64_t keys() const { return past + tokens; }
+  int64_t present_room() const { return past_room > past ? past_room : keys(); }
   int64_t tiles_per_row() const { return (keys() + kTileKeys - 1) / kTileKeys; }
   int64_t group() const { return heads / key_heads; }
   int64_t rows() const { return tokens * group(); } // that meet one key head
@@ -88,14 +91,17 @@ struct TaskRow {
   }
 };
 
-// The present keys and values of a task's head.
-struct TaskKeys {
-  float* keys;   // (T, D)
-  float* values; // (T, E)
-  TaskKeys(const Attention& attention, const AttentionTask& task) {
-    const int64_t first = (task.batch * attention.key_heads + task.key_head) * attention.keys();
-    keys = attention.present_key + first * attention.key_width;
-    values = attention.present_value + first * attention.value_width;
+// The past and the present keys and values of one key head.
+struct HeadCache {
+  const float *past_keys, *past_values;
+  float *keys, *values;
+  HeadCache(const Attention& attention, int64_t batch, int64_t key_head) {
+    const int64_t head = batch * attention.key_heads + key_head;
+    const int64_t past = head * attention.past_room, present = head * attention.present_room();
+    past_keys = attention.past_key + past * attention.key_width;
+    past_values = attention.past_value + past * attention.value_width;
+    keys = attention.present_key + present * attention.key_width;
+    values = attention.present_value + present * attention.value_width;
   }
 };
 
@@ -109,7 +115,8 @@ inline int64_t TaskMemory(const Attention& attention, int64_t rows) {
 void Rotate(const Attention& attention, int64_t batch, int64_t token, const float* x, float scale, float* out,
             int64_t step);
 
-// Puts these keys of a head, past and new ones, and their values into the present ones.
+// Puts these keys of a head, past and new ones, and their values into the present ones; with the last keys, what the past
+// has in the room behind them. What is in its place already stays.
 void ExtendCache(const Attention& attention, int64_t batch, int64_t head, int64_t first_key, int64_t last_key);
 
 // Calculates y and the present keys and values; null where all is well. Each output is one task's, and tasks do not

@@ -63,14 +63,21 @@ bool CheckTokens(const Tensor* inputs, Attention* attention, Message* message) {
                       attention->key_width, width_of_k);
 }
 
-// An empty past may have any heads and width.
+// The mask tells how many tokens are past. A past without room may have any heads and width.
 bool CheckPast(const Tensor* inputs, Attention* attention, Message* message) {
-  attention->past = inputs[kPastKey].dims[2];
+  const int64_t keys = inputs[kAttentionMask].dims[3], room = inputs[kPastKey].dims[2];
+  attention->past = keys - attention->tokens;
+  attention->past_room = room;
+  if (attention->past < 0 || (room != attention->past && room < keys)) {
+    return message->Set("the last axis of mask, %" PRId64 ", must be that of past_key and %" PRId64
+                        " new tokens, or past_key have room for so many, but it has %" PRId64,
+                        keys, attention->tokens, room);
+  }
   const int64_t widths[] = {attention->key_width, attention->value_width};
   for (int i = 0; i < 2; ++i) {
     const int which = kPastKey + i;
-    if (!CheckAxis(which, inputs[which], 2, attention->past, false, message)) return false;
-    if (attention->past == 0) continue;
+    if (!CheckAxis(which, inputs[which], 2, room, false, message)) return false;
+    if (room == 0) continue;
     if (!CheckAxis(which, inputs[which], 0, attention->batches, false, message) ||
         !CheckAxis(which, inputs[which], 1, attention->key_heads, false, message) ||
         !CheckAxis(which, inputs[which], 3, widths[i], false, message)) {
@@ -83,7 +90,6 @@ bool CheckPast(const Tensor* inputs, Attention* attention, Message* message) {
 bool CheckMask(const Tensor& mask, Attention* attention, Message* message) {
   const int64_t sizes[] = {attention->batches, attention->heads, attention->tokens};
   int64_t* const steps[] = {&attention->mask_batch_rows, &attention->mask_head_rows, &attention->mask_token_rows};
-  if (!CheckAxis(kAttentionMask, mask, 3, attention->keys(), false, message)) return false;
   attention->mask_rows = 1;
   for (int axis = 2; axis >= 0; --axis) {
     if (!CheckAxis(kAttentionMask, mask, axis, sizes[axis], true, message)) return false;

@@ -43,11 +43,7 @@ template <class Isa> BLOCKPRESS_INLINE typename Isa::Floats Exp(typename Isa::Fl
 template <class Isa> class TaskTiles {
 public:
   TaskTiles(const Attention& attention, const AttentionTask& task)
-      : attention_(attention), task_(task), of_(attention, task) {
-    const int64_t first = (task.batch * attention.key_heads + task.key_head) * attention.past;
-    past_keys_ = attention.past_key + first * attention.key_width;
-    past_values_ = attention.past_value + first * attention.value_width;
-  }
+      : attention_(attention), task_(task), of_(attention, task.batch, task.key_head) {}
 
   // Calls use(first key, number of keys, keys, values) for each tile, once it is in the cache that leaves.
   template <class Use> void Each(Use use) const {
@@ -55,10 +51,9 @@ public:
     for (int64_t key = task_.first_key; key < task_.last_key; key += kTileKeys) {
       const int64_t last = std::min(key + kTileKeys, task_.last_key), count = last - key;
       if (task_.extends && last <= attention_.past) {
-        // What comes after this token sees the copy too late to find it in a cache of the processor.
-        Isa::CopyAround(past_keys_ + key * width, count * width, of_.keys + key * width);
-        Isa::CopyAround(past_values_ + key * value_width, count * value_width, of_.values + key * value_width);
-        use(key, count, past_keys_ + key * width, past_values_ + key * value_width);
+        CopyAround(of_.past_keys + key * width, count * width, of_.keys + key * width);
+        CopyAround(of_.past_values + key * value_width, count * value_width, of_.values + key * value_width);
+        use(key, count, of_.past_keys + key * width, of_.past_values + key * value_width);
         continue;
       }
       if (task_.extends) ExtendCache(attention_, task_.batch, task_.key_head, key, last);
@@ -67,11 +62,14 @@ public:
   }
 
 private:
+  // What comes after this token sees the copy too late to find it in a cache of the processor.
+  static void CopyAround(const float* past, int64_t count, float* present) {
+    if (past != present) Isa::CopyAround(past, count, present);
+  }
+
   const Attention& attention_;
   const AttentionTask& task_;
-  const TaskKeys of_;
-  const float* past_keys_;
-  const float* past_values_;
+  const HeadCache of_;
 };
 
 // c (Rows, lanes) = a b, or c + a b: rows of a lie `row_step` apart and its columns `step`, those of b (depth, lanes) and c

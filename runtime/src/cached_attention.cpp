@@ -36,8 +36,9 @@ void BLOCKPRESS_ORT_CALL Destroy(void* self) { delete static_cast<AttentionNode*
 
 ort::Status* MakeOutputs(const AttentionNode& node, ort::KernelContext* context, Attention* attention) {
   const int64_t y[] = {attention->batches, attention->tokens, attention->heads * attention->value_width};
-  const int64_t key[] = {attention->batches, attention->key_heads, attention->keys(), attention->key_width};
-  const int64_t value[] = {attention->batches, attention->key_heads, attention->keys(), attention->value_width};
+  const int64_t key[] = {attention->batches, attention->key_heads, attention->present_room(), attention->key_width};
+  const int64_t value[] = {attention->batches, attention->key_heads, attention->present_room(),
+                           attention->value_width};
   if (auto* status = MakeOutput(node, context, 0, y, std::size(y), &attention->y)) return status;
   if (auto* status = MakeOutput(node, context, 1, key, std::size(key), &attention->present_key)) return status;
   return MakeOutput(node, context, 2, value, std::size(value), &attention->present_value);

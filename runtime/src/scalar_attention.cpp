@@ -13,7 +13,7 @@ namespace {
 // One row over all keys of the task.
 void AttendRow(const Attention& attention, const AttentionTask& task, int64_t row) {
   const TaskRow at(attention, task, row);
-  const TaskKeys of(attention, task);
+  const HeadCache of(attention, task.batch, task.key_head);
   const int64_t width = attention.key_width, value_width = attention.value_width;
   const float* mask = attention.mask + at.mask_row(attention, task.batch) * attention.keys();
   float* query = task.memory;

@@ -14,7 +14,7 @@ constexpr float kLowestMask = std::numeric_limits<float>::lowest();
 
 // The inputs in memory of their own, and their shapes.
 struct Case {
-  int64_t batches, tokens, past, key_heads, heads, key_width, value_width, rotary_width;
+  int64_t batches, tokens, past, room, key_heads, heads, key_width, value_width, rotary_width;
   float scale;
   bool rotates;
   std::vector<std::shared_ptr<Block>> blocks;
@@ -65,6 +65,9 @@ Case RandomSizes(Random& random) {
   of.tokens = RandomTokens(random);
   const int64_t past = Between(random, 0, 5);
   of.past = past < 2 ? 0 : past == 2 ? Between(random, 900, 1300) : Between(random, 1, 200);
+  // The past has places for itself alone, or for the new tokens too, and sometimes for more.
+  const int64_t room = Between(random, 0, 3);
+  of.room = room < 2 ? of.past : of.keys() + (room == 2 ? 0 : Between(random, 1, 100));
   of.key_heads = Between(random, 1, 3);
   of.heads = of.key_heads * (Between(random, 0, 1) == 0 ? 1 : Between(random, 2, 20));
   of.key_width = Between(random, 0, 1) == 0 ? 16 * Between(random, 1, 6) : Between(random, 1, 90);
@@ -87,8 +90,8 @@ Case RandomCase(Random& random) {
   add(of.key_heads, of.key_width);
   add(of.key_heads, of.value_width);
   for (int64_t width : {of.key_width, of.value_width}) {
-    if (of.past == 0) of.Add(random, {1, Between(random, 1, 3), 0, Between(random, 0, 9)});
-    else of.Add(random, {of.batches, of.key_heads, of.past, width});
+    if (of.room == 0) of.Add(random, {1, Between(random, 1, 3), 0, Between(random, 0, 9)});
+    else of.Add(random, {of.batches, of.key_heads, of.room, width});
   }
   const auto or_one = [&](int64_t size) { return Between(random, 0, 1) == 0 ? size : 1; };
   of.Add(random, {or_one(of.batches), or_one(of.heads), or_one(of.tokens), of.keys()});
@@ -133,7 +136,7 @@ struct Exact {
 void ExactCache(const Case& of, int64_t batch, int64_t head, Exact* exact) {
   for (int64_t key = 0; key < of.keys(); ++key) {
     const bool is_new = key >= of.past;
-    const int64_t past = ((batch * of.key_heads + head) * of.past + key), token = key - of.past;
+    const int64_t past = ((batch * of.key_heads + head) * of.room + key), token = key - of.past;
     const int64_t fresh = (batch * of.tokens + token) * of.key_heads + head;
     for (int64_t column = 0; column < of.key_width; ++column) {
       double terms = 0;
@@ -199,7 +202,8 @@ bool IsRight(float got, double wanted, double terms, double* worst) {
 std::string CompareHead(const Case& of, const Attention& got, int64_t batch, int64_t head, double* worst) {
   Exact exact;
   ExactCache(of, batch, head, &exact);
-  const int64_t group = of.heads / of.key_heads, first = (batch * of.key_heads + head) * of.keys();
+  const int64_t group = of.heads / of.key_heads, room = std::max(of.room, of.keys());
+  const int64_t first = (batch * of.key_heads + head) * room;
   for (size_t i = 0; i < exact.keys.size(); ++i) {
     const float key = got.present_key[static_cast<size_t>(first * of.key_width) + i];
     if (!IsRight(key, exact.keys[i], exact.key_terms[i], worst)) return "a key of the cache is wrong";
@@ -207,6 +211,16 @@ std::string CompareHead(const Case& of, const Attention& got, int64_t batch, int
   for (size_t i = 0; i < exact.values.size(); ++i) {
     const float value = got.present_value[static_cast<size_t>(first * of.value_width) + i];
     if (static_cast<double>(value) != exact.values[i]) return "a value of the cache is wrong";
+  }
+  for (int64_t key = of.keys(); key < of.room; ++key) { // the room behind the tokens is as it was
+    const float* wanted = of.at(kPastKey) + (first + key) * of.key_width;
+    if (!std::equal(wanted, wanted + of.key_width, got.present_key + (first + key) * of.key_width)) {
+      return "the room behind the keys is not what it was";
+    }
+    wanted = of.at(kPastValue) + (first + key) * of.value_width;
+    if (!std::equal(wanted, wanted + of.value_width, got.present_value + (first + key) * of.value_width)) {
+      return "the room behind the values is not what it was";
+    }
   }
   for (int64_t token = 0; token < of.tokens; ++token) {
     for (int64_t query = head * group; query < (head + 1) * group; ++query) {
@@ -241,12 +255,20 @@ std::string CompareAttention(Random& random, const Kernels& kernels, double* wor
     return damaged ? "" : std::string("good inputs are refused: ") + message.text();
   }
   const auto floats = [&](int64_t count) { return Block(random, static_cast<size_t>(count) * 4, 4); };
-  const int64_t cached = attention.batches * attention.key_heads * attention.keys();
+  const int64_t cached = attention.batches * attention.key_heads * attention.present_room();
   const Block y = floats(attention.batches * attention.tokens * attention.heads * attention.value_width);
   const Block keys = floats(cached * attention.key_width), values = floats(cached * attention.value_width);
   attention.y = y.as<float>();
   attention.present_key = keys.as<float>();
   attention.present_value = values.as<float>();
+  if (!damaged && of.room >= of.keys() && of.tokens != 0 && Between(random, 0, 1) == 0) { // in the memory of the past
+    const auto in_place = [&](AttentionInput which, const Block& memory, int64_t width) {
+      std::memcpy(memory.as<float>(), of.at(which), static_cast<size_t>(cached * width) * 4);
+      return memory.as<float>();
+    };
+    attention.past_key = in_place(kPastKey, keys, attention.key_width);
+    attention.past_value = in_place(kPastValue, values, attention.value_width);
+  }
   OneThread thread(random);
   if (Attend(kernels, attention, &thread) != nullptr) return "good inputs give an error";
   for (int64_t batch = 0; !damaged && batch < of.batches; ++batch) {

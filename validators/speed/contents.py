@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from exporters.attention_function import is_attention
+from exporters.attention_function import CACHE_ROOM, is_attention
 from exporters.fragments import dtype_name, tensor_bytes
 from exporters.int8_function import is_int8_product
 from exporters.packed_function import (
@@ -50,6 +50,7 @@ class Contents:
             every matrix once, of an embedding a row. Caches are not in it. None for a mixture of experts, where it
             depends on the tokens.
         attentions: Blocks whose attention is one operator of the library.
+        cache_room: Whether the library extends a cache with room for more tokens in place.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class Contents:
     bytes_per_step: int | None
     int8_products: int = 0
     attentions: int = 0
+    cache_room: bool = False
 
     @property
     def has_own_operators(self) -> bool:
@@ -91,6 +93,7 @@ def contents_of(model: OnnxFile) -> Contents:
         data_files=data_files,
         bytes_per_step=_bytes_per_step(constants.values(), consumers),
         attentions=sum(map(is_attention, graph.node)),
+        cache_room=model.metadata.get(CACHE_ROOM) == "1",
     )
 
 

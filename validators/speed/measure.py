@@ -180,6 +180,11 @@ def _notices(models: Sequence[ModelSpeed]) -> tuple[str, ...]:
             notices.append(
                 f"{model.name}: without the operator library blockpress-runtime functions in the file{unpacked}"
             )
+        if model.contents.cache_room and model.library is not None:
+            notices.append(
+                f"{model.name}: new tokens went into room behind the cache, as in blockpress-generate; without "
+                "such room, every step copies the cache"
+            )
         if model.contents.form == "sparse-initializers":
             notices.append(
                 f"{model.name}: ONNX Runtime expands sparse initializers as it loads them; it runs as dense"

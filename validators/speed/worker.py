@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from validators.causal_lm import CausalLM
+from validators.causal_lm import CausalLM, RoomyCache
 from validators.errors import ValidationError, ValidationResourceError
 from validators.session import (
     Session,
@@ -98,19 +98,26 @@ class Worker:
         """Prefill a prompt of random tokens, then decode random tokens one by one; seconds of each.
 
         The next token is looked for in the logits, as a server does, but a random one is fed: so every model computes
-        the same, whatever it would have said.
+        the same, whatever it would have said. A cache that the graph can extend in place gets room for all tokens, as
+        a part of the prefill.
         """
         assert self._model is not None
+        model = self._model
         ids = np.random.default_rng(seed).integers(
             0, self._vocabulary, (batch, prompt_tokens + decode_tokens), np.int64
         )
         mask = np.ones_like(ids)
         past: dict[str, Any] = {}
+        roomy: RoomyCache | None = None
         stops = [prompt_tokens, *range(prompt_tokens + 1, prompt_tokens + decode_tokens + 1)]
         seconds, start = [], 0
         for stop in stops:
             began = time.perf_counter()
-            logits, past = self._model.step(ids[:, start:stop], mask[:, :stop], past)
+            if roomy is not None:
+                logits = model.extend(ids[:, start:stop], mask[:, :stop], roomy)
+            else:
+                logits, past = model.step(ids[:, start:stop], mask[:, :stop], past)
+                roomy = model.with_room(past, stops[-1]) if model.has_cache_room else None
             to_float32(logits)[:, -1].argmax(axis=-1)
             seconds.append(time.perf_counter() - began)
             start = stop
