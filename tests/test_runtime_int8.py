@@ -8,48 +8,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
-from runtime_samples import Floats, needs_library, open_session, rounded_rows, tensor_of
-
-from exporters.int8_function import INT8_OPERATOR, int8_function
+from int8_samples import ELEMENT_TYPES, exact_int8_product, model_of, parts_of
+from onnx import TensorProto
+from runtime_samples import Floats, needs_library, open_session
 
 TOLERANCE = 1e-6  # of the sum of |w||x|
 SHAPES = [(1, 1), (5, 3), (16, 64), (17, 63), (33, 100), (48, 257), (300, 128), (20, 4200)]
-ELEMENT_TYPES = {"weight": TensorProto.INT8, "scales": TensorProto.FLOAT, "bias": TensorProto.FLOAT}
-
-
-def parts_of(rows: int, columns: int) -> dict[str, Any]:
-    """A random matrix, its scales and a bias."""
-    random = np.random.default_rng([rows, columns])
-    return {
-        "weight": random.integers(-127, 128, (rows, columns)).astype(np.int8),
-        "scales": random.uniform(0.01, 0.1, rows).astype(np.float32),
-        "bias": random.standard_normal(rows).astype(np.float32),
-    }
-
-
-def model_of(
-    parts: dict[str, Any],
-    activation_bits: int,
-    *,
-    leading: int = 1,
-    fed: tuple[str, ...] = (),
-    types: dict[str, int] | None = None,
-) -> onnx.ModelProto:
-    """y = Int8MatMul(x, ...) with its function; the parts named by ``fed`` are inputs of the graph."""
-    types = {**ELEMENT_TYPES, **(types or {})}
-    tensors = {name: tensor_of(name, array, types[name]) for name, array in parts.items()}
-    node = helper.make_node(
-        INT8_OPERATOR, ["x", *tensors], ["y"], domain="blockpress", activation_bits=activation_bits
-    )
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None] * leading + [None])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * leading + [None])
-    inputs = [x] + [helper.make_tensor_value_info(n, types[n], list(parts[n].shape)) for n in fed]
-    held = [tensor for name, tensor in tensors.items() if name not in fed]
-    graph = helper.make_graph([node], "product", inputs, [y], held)
-    imports = [helper.make_opsetid("", 18), helper.make_opsetid("blockpress", 1)]
-    functions = [int8_function(activation_bits=activation_bits, opset=18)]
-    return helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=8)
 
 
 def stock_session(model: onnx.ModelProto) -> Any:
@@ -60,17 +24,10 @@ def stock_session(model: onnx.ModelProto) -> Any:
 
 def check(y: Any, x: Floats, parts: dict[str, Any], activation_bits: int) -> None:
     """y is what float64 gives, of x rounded where it is."""
-    rows = x.reshape(-1, x.shape[-1])
-    used = rows.astype(np.float64)
-    if activation_bits == 8:
-        integers, step = rounded_rows(rows)
-        used = integers * step.astype(np.float64)
-    W = parts["weight"].astype(np.float64) * parts["scales"].astype(np.float64)[:, None]
-    exact = used @ W.T + parts["bias"]
-    terms = np.abs(used) @ np.abs(W).T + np.abs(parts["bias"])
-    assert y.shape == (*x.shape[:-1], len(W))
+    exact, terms = exact_int8_product(x, parts, activation_bits)
+    assert y.shape == exact.shape
     assert y.dtype == np.float32
-    assert (np.abs(y.reshape(exact.shape) - exact) <= TOLERANCE * terms).all()
+    assert (np.abs(y - exact) <= TOLERANCE * terms).all()
 
 
 def some_x(*shape: int) -> Floats:

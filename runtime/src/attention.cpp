@@ -13,7 +13,7 @@
 namespace blockpress {
 namespace {
 
-constexpr int64_t kFewHeadRows = 16; // of one key head: then each task extends the cache and uses what it copied
+constexpr int64_t kFewRows = 16; // of one key head: then each task extends the cache and uses what it copied
 constexpr int64_t kLongCache = 1024;
 constexpr int64_t kExtendedKeys = 256; // of one task that does nothing else
 // A call with fewer floats of keys and values, times rows, is not worth waking another thread.
@@ -101,7 +101,7 @@ void AttendTask(void* argument, size_t index) {
   task.rows = std::min(kMostQueries, attention.rows() - task.first_row);
   task.first_key = chunk * run.chunk_keys;
   task.last_key = std::min(task.first_key + run.chunk_keys, attention.keys());
-  task.extends = run.blocks == 1 && attention.rows() <= kFewHeadRows;
+  task.extends = run.blocks == 1 && attention.rows() <= kFewRows;
   Buffer memory;
   task.memory = memory.Allocate<float>(TaskMemory(attention, task.rows));
   if (task.memory == nullptr) {
@@ -175,7 +175,7 @@ ort::Status* Attend(const Kernels& kernels, Attention attention, Host* host) {
   const int64_t rows = attention.rows(), keys = attention.keys();
   if (run.heads == 0) return nullptr;
   const int64_t floats = run.heads * keys * (attention.key_width + attention.value_width);
-  const bool few = rows <= kFewHeadRows, shared = rows != 0 && floats > kSharedFloats / rows;
+  const bool few = rows <= kFewRows, shared = rows != 0 && floats > kSharedFloats / rows;
   if (!few || rows == 0) { // else what attends to keys also puts them into the cache
     const int64_t segments = std::max<int64_t>(1, (keys + kExtendedKeys - 1) / kExtendedKeys); // a cache may be all room
     if (auto* status = ForEach(&run, host, shared, &ExtendTask, segments * run.heads)) return status;

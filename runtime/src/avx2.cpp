@@ -389,9 +389,9 @@ struct Avx2 {
 namespace blockpress {
 
 extern const Kernels kAvx2Kernels = {"avx2", Multiply<Avx2>, Quantize<Avx2>, Arrange<Avx2>, WantsTransposed<Avx2>,
-                                     Attend<Avx2>, false};
+                                     Attend<Avx2>, 0};
 extern const Kernels kNarrowAvx2Kernels = {"avx2-128", MultiplyNarrow, Quantize<Avx2>, Arrange<Avx2>,
-                                           WantsTransposed<Avx2>, Attend<Avx2>, true};
+                                           WantsTransposed<Avx2>, Attend<Avx2>, kNarrowRows};
 
 } // namespace blockpress
 

@@ -240,7 +240,7 @@ struct Avx512 {
 
 extern const Kernels kAvx512Kernels = {"avx512", Multiply<Avx512>, Quantize<Avx512>, Arrange<Avx512>,
                                        WantsTransposed<Avx512>,
-                                       Attend<Avx512>, false};
+                                       Attend<Avx512>, 0};
 
 } // namespace blockpress
 

@@ -29,8 +29,8 @@ struct Kernels {
   // Calculates y of the task's rows, or its part of the softmax (attention.h).
   void (*attend)(const Attention& attention, const AttentionTask& task);
 
-  // Whether `multiply` takes up to kFewRows rounded rows from `widened`.
-  bool widens;
+  // Up to how many rounded rows `multiply` takes from `widened`, for int8 values of packed weights.
+  int64_t widened_rows;
 };
 
 void AttendScalar(const Attention& attention, const AttentionTask& task);

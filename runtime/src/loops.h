@@ -35,6 +35,9 @@
 
 namespace blockpress {
 
+// Up to this many rows of X each weight is expanded in registers for every one of them; beyond, a tile of weights is
+// expanded once into the cache.
+constexpr int64_t kFewRows = 4;
 template <class Element> constexpr int64_t kTileColumns = 4096 / static_cast<int64_t>(sizeof(Element));
 // From one row of a tile to the next: at 4096 bytes, all rows would want the same places of the cache.
 template <class Element>

@@ -1,4 +1,4 @@
-// Few rows of X times int8 and int4 weights on processors whose units are 128 bits wide, though they run AVX2 (the first
+// One or two rows of X times int8 weights on processors whose units are 128 bits wide, though they run AVX2 (the first
 // EPYC and Ryzen). There, every instruction of Places counts twice, so that an index from a table, for eight columns at a
 // time, is less work. A byte of the mask gives the sixteen indices that put each value into the high byte of an int16:
 // times 256, with its sign. X comes as int16 in its own order (Activations::widened).
@@ -7,7 +7,7 @@
 #pragma once
 
 #include "bits.h"
-#include "values.h"
+#include "loops.h"
 
 namespace blockpress {
 namespace {
@@ -25,15 +25,16 @@ constexpr std::array<std::array<uint8_t, 16>, 256> HighByteIndices() {
   return table;
 }
 
-template <ValueType type, int Rows> class NarrowProduct {
+constexpr int64_t kNarrowRows = 2; // with more, expanding the weights is not what takes the time
+
+template <int Rows> class NarrowProduct {
   // An int32 holds 520 products of at most 256 * 127 * 127. Each lane of two sums gets eight of them from a piece.
   static constexpr int64_t kMostPieces = 64;
   static constexpr int kSums = 2;
 
 public:
   NarrowProduct(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row, float* y)
-      : weight_(weight), x_(x), y_(y), values_(weight.strip_values(first_row / kStripRows),
-                                               weight.strip_values((last_row + kStripRows - 1) / kStripRows), &scratch_) {
+      : weight_(weight), x_(x), y_(y), values_(weight.strip_values(first_row / kStripRows)) {
     for (int64_t row = first_row; row < last_row; ++row) MultiplyRow(row);
   }
 
@@ -80,9 +81,9 @@ private:
   }
 
   BLOCKPRESS_INLINE void AddPiece(const uint8_t* bits, int64_t piece, __m128i (*sums)[kSums]) {
-    values_.Prepare();
+    FetchValues<Avx2, ValueType::kInt8>(values_);
     const uint64_t word = NotAhead(MaskWord(bits));
-    const uint8_t* values = values_.Current();
+    const uint8_t* values = values_;
     const int16_t* inputs = x_.widened + piece * kPieceColumns;
     const auto add = [&](auto part) {
       constexpr int j = decltype(part)::value;
@@ -99,7 +100,7 @@ private:
     add(std::integral_constant<int, 2>()), add(std::integral_constant<int, 3>());
     add(std::integral_constant<int, 4>()), add(std::integral_constant<int, 5>());
     add(std::integral_constant<int, 6>()), add(std::integral_constant<int, 7>());
-    values_.Skip(values - values_.Current());
+    values_ += _mm_popcnt_u64(word); // and not where `values` is: that takes longer to be known
   }
 
   alignas(64) static constexpr auto kIndices = HighByteIndices();
@@ -107,34 +108,24 @@ private:
   const Weight& weight_;
   const Activations& x_;
   float* const y_;
-  typename Values<Avx2, type>::Scratch scratch_;
-  Values<Avx2, type> values_;
+  const uint8_t* values_; // where the next piece begins
 };
 
-template <ValueType type, int Rows>
+template <int Rows>
 BLOCKPRESS_NOINLINE void MultiplyNarrow(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row,
                                         float* y) {
-  NarrowProduct<type, Rows>(weight, x, first_row, last_row, y);
-}
-
-template <ValueType type>
-void MultiplyNarrow(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row, float* y) {
-  switch (x.rows) {
-  case 1: return MultiplyNarrow<type, 1>(weight, x, first_row, last_row, y);
-  case 2: return MultiplyNarrow<type, 2>(weight, x, first_row, last_row, y);
-  case 3: return MultiplyNarrow<type, 3>(weight, x, first_row, last_row, y);
-  default: return MultiplyNarrow<type, 4>(weight, x, first_row, last_row, y);
-  }
+  NarrowProduct<Rows>(weight, x, first_row, last_row, y);
 }
 
 // What Kernels::multiply is, for these processors.
 void MultiplyNarrow(const Weight& weight, const Activations& x, int64_t first_strip, int64_t last_strip, float* y) {
-  if (x.rows == 0 || x.rows > kFewRows || x.widened == nullptr || weight.dense())
+  const bool few = x.rows == 1 || x.rows == kNarrowRows;
+  if (!few || x.widened == nullptr || weight.type != ValueType::kInt8 || weight.dense())
     return Multiply<Avx2>(weight, x, first_strip, last_strip, y);
   const int64_t first = first_strip * kStripRows;
   const int64_t last = std::min(last_strip * kStripRows, weight.rows);
-  if (weight.type == ValueType::kInt4) return MultiplyNarrow<ValueType::kInt4>(weight, x, first, last, y);
-  MultiplyNarrow<ValueType::kInt8>(weight, x, first, last, y);
+  if (x.rows == 1) MultiplyNarrow<1>(weight, x, first, last, y);
+  else MultiplyNarrow<2>(weight, x, first, last, y);
 }
 
 } // namespace

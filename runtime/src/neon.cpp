@@ -282,7 +282,7 @@ struct Neon {
 } // namespace
 
 extern const Kernels kNeonKernels = {"neon", Multiply<Neon>, Quantize<Neon>, Arrange<Neon>, WantsTransposed<Neon>,
-                                     Attend<Neon>, false};
+                                     Attend<Neon>, 0};
 
 } // namespace blockpress
 

@@ -113,11 +113,12 @@ ort::Status* TransposeActivations(Run* run, Buffer* columns) {
   return ForEach(run, &TransposeTask, (activations.stride + kTransposedColumns - 1) / kTransposedColumns);
 }
 
-// Whether some product has so few rows that the kernels take them from `widened`.
+// Whether the kernels take the rows of some product from `widened`.
 bool WantsWidened(const Run& run) {
-  if (!run.kernels->widens) return false;
   const Product* of = run.products->of;
-  return std::any_of(of, of + run.products->count, [](const Product& product) { return product.rows <= kFewRows; });
+  return std::any_of(of, of + run.products->count, [&](const Product& product) {
+    return product.rows <= run.kernels->widened_rows && product.weight.type == ValueType::kInt8 && !product.weight.dense();
+  });
 }
 
 // The rows as kernels want them: rounded to int8, in order and padded to whole pieces, or where they are.

@@ -146,6 +146,6 @@ bool WantsTransposed(const Weight&, const Activations&) { return false; }
 } // namespace
 
 extern const Kernels kScalarKernels = {"scalar", &Multiply, &Quantize, &Arrange, &WantsTransposed,
-                                       &AttendScalar, false};
+                                       &AttendScalar, 0};
 
 } // namespace blockpress

@@ -82,17 +82,13 @@ private:
   uint8_t last_[8] = {};
 };
 
-// Up to this many rows of X each weight is expanded in registers for every one of them; beyond, a tile of weights is
-// expanded once into the cache.
-constexpr int64_t kFewRows = 4;
-
 // X (rows, columns), the rows padded with zeros to whole pieces of 64 columns.
 struct Activations {
   int64_t rows;
   int64_t stride;           // elements from one row to the next: the columns rounded up to whole pieces
   const float* x;           // null where x is used as int8
   const int8_t* quantized;  // null where x is used as float32; values from -127 to 127, in Kernels::arrange's order
-  const int16_t* widened;   // `quantized` once more, by columns; null where the kernels or the number of rows do not want it
+  const int16_t* widened;   // `quantized` once more, by columns; null where the kernels do not want it
   const float* scales;      // (rows): the step of each row of `quantized`
   const int8_t* transposed; // (stride, transposed_width): `quantized` once more; null where the kernels do not want it
   int64_t transposed_width; // the rows rounded up to whole kTransposedRows, with zeros

@@ -231,7 +231,7 @@ struct Inputs {
       if (rounded) same = Round(random, weight.columns, row, kernels) && same;
     }
     if (rounded) in_order.assign(quantized.as<int8_t>(), quantized.as<int8_t>() + rows * stride);
-    if (rounded && kernels.widens) {
+    if (rounded && kernels.widened_rows != 0) {
       widened = std::make_unique<Block>(random, static_cast<size_t>(rows * stride) * 2, 2);
       std::copy(in_order.begin(), in_order.end(), widened->as<int16_t>());
     }

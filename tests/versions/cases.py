@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 from attention_samples import AttentionCase
+from int8_samples import exact_int8_product, parts_of
+from int8_samples import model_of as int8_model_of
 from onnx import TensorProto
 from runtime_samples import (
     DTYPES,
@@ -34,7 +36,10 @@ def write_cases(folder: Path) -> None:
     for rows in (3, 40):
         _write_experts(folder, rows)
     for tokens, rotary_width in ((1, 0), (1, 16), (40, 8)):
-        _write_attention(folder, AttentionCase(tokens=tokens, rotary_width=rotary_width))
+        for room in (0, 20):
+            _write_attention(folder, AttentionCase(tokens=tokens, rotary_width=rotary_width), room)
+    for bits in (32, 8):
+        _write_int8(folder, bits)
     packed = random_packed(20, 70, "int8")
     broken = {
         "offset": ("offsets", "offsets[1] must be"),
@@ -106,15 +111,37 @@ def _write_experts(folder: Path, rows: int) -> None:
     np.savez(folder / f"{name}.npz", x=x, experts=experts, y1=y, terms1=terms)
 
 
-def _write_attention(folder: Path, case: AttentionCase) -> None:
-    """Tokens behind a cache."""
+def _write_int8(folder: Path, bits: int) -> None:
+    """A dense matrix, in an external file."""
+    parts, name = parts_of(37, 130), f"good-dense-int8-{bits}"
+    x = np.random.default_rng(3).standard_normal((2, 3, 130)).astype(np.float32)
+    model = int8_model_of(parts, bits, leading=2)
+    move_out({tensor.name: tensor for tensor in model.graph.initializer}, folder / f"{name}.data")
+    (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+    y, terms = exact_int8_product(x, parts, bits)
+    np.savez(folder / f"{name}.npz", x=x, y1=y, terms1=terms)
+
+
+def _write_attention(folder: Path, case: AttentionCase, room: int) -> None:
+    """Tokens behind a cache, which may have room for them and so many more."""
     given = case.inputs()
-    name = f"good-attention-{case.tokens}-{case.rotary_width}"
+    outputs = case.exact(given)
+    if room:
+        for part in ("key", "value"):
+            exact, terms = outputs[f"present_{part}"]
+            outputs[f"present_{part}"] = (_with_places(exact, room), _with_places(terms, room, 1))
+            given[f"past_{part}"] = _with_places(given[f"past_{part}"], case.tokens + room)
+    name = f"good-attention-{case.tokens}-{case.rotary_width}-{room}"
     (folder / f"{name}.onnx").write_bytes(case.model().SerializeToString())
     arrays = dict(given)
-    for number, (exact, terms) in enumerate(case.exact(given).values(), 1):
+    for number, (exact, terms) in enumerate(outputs.values(), 1):
         arrays |= {f"y{number}": exact, f"terms{number}": terms}
     np.savez(folder / f"{name}.npz", allow_pickle=False, **arrays)
+
+
+def _with_places(cache: np.ndarray, places: int, filling: float = 0) -> np.ndarray:
+    """The cache (B, heads, tokens, width) with so many more tokens of one number."""
+    return np.pad(cache, ((0, 0), (0, 0), (0, places), (0, 0)), constant_values=filling)
 
 
 def move_out(tensors: dict[str, onnx.TensorProto], path: Path) -> None:
