@@ -20,6 +20,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Where blockpress-runtime is not installed (no C++ compiler), its Python part is tested from its folder.
 sys.path.append(str(Path(__file__).parent.parent / "runtime"))
 
+# Files with the longest tests go first: of two processes, none then waits minutes for the last one of the other.
+_FIRST = ("test_tiny_llm", "test_variants", "test_validate_export", "test_validate_examine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest tests first and leave the others in their order."""
+    items.sort(key=lambda item: item.path.stem not in _FIRST)
+
 
 @pytest.fixture(autouse=True)
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -105,7 +105,7 @@ def test_what_is_not_a_number_stays_in_its_row() -> None:
         ({"v": np.zeros((1, 1, 2, 24), np.float32)}, "axis 0 of v must be 2, but is 1"),
         ({"past_key": np.zeros((2, 3, 70, 16), np.float32)}, "axis 1 of past_key must be 2, but is 3"),
         ({"past_value": np.zeros((2, 2, 69, 24), np.float32)}, "axis 2 of past_value must be 70, but is 69"),
-        ({"mask": np.zeros((2, 1, 1, 70), np.float32)}, "axis 3 of mask must be 71, but is 70"),
+        ({"mask": np.zeros((2, 1, 1, 70), np.float32)}, "past_key has 70 places, mask says that 69 tokens"),
         ({"mask": np.zeros((2, 4, 1, 71), np.float32)}, "axis 1 of mask must be 6 or 1, but is 4"),
         (
             {"cos": np.zeros((1, 1, 1, 18), np.float32)},

@@ -86,6 +86,7 @@ class LanguageModel:
         self._past = {name: self._empty(self._inputs[name]) for name in self._cache}
         self._extends = self._session.get_modelmeta().custom_metadata_map.get(_CACHE_ROOM) == "1"
         self._room = 0  # tokens that the cache has places for, where it is extended in place
+        self._binding: Any = None  # of such a cache
         self.read: list[int] = []
 
     def next_logits(self, tokens: Sequence[int]) -> Floats:

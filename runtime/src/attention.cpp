@@ -42,16 +42,13 @@ ort::Status* ForEach(Run* run, Host* host, bool shared, void (*task)(void*, size
   return nullptr;
 }
 
-void CopyRows(const float* past, int64_t first, int64_t last, int64_t width, float* present) {
-  if (first >= last || past == present) return;
-  std::memcpy(present + first * width, past + first * width, static_cast<size_t>((last - first) * width) * sizeof(float));
-}
-
-// Those of the keys from first_key to last_key - 1 that are old, and the room behind the last.
+// Those of the keys from first_key to last_key - 1 that are old.
 void CopyPast(const Attention& attention, const float* past, int64_t first_key, int64_t last_key, int64_t width,
               float* present) {
-  CopyRows(past, first_key, std::min(last_key, attention.past), width, present);
-  if (last_key == attention.keys()) CopyRows(past, last_key, attention.past_room, width, present);
+  const int64_t last = std::min(last_key, attention.past);
+  if (first_key >= last || past == present) return;
+  std::memcpy(present + first_key * width, past + first_key * width,
+              static_cast<size_t>((last - first_key) * width) * sizeof(float));
 }
 
 // Looks through one row of the mask.
@@ -177,7 +174,7 @@ ort::Status* Attend(const Kernels& kernels, Attention attention, Host* host) {
   const int64_t floats = run.heads * keys * (attention.key_width + attention.value_width);
   const bool few = rows <= kFewRows, shared = rows != 0 && floats > kSharedFloats / rows;
   if (!few || rows == 0) { // else what attends to keys also puts them into the cache
-    const int64_t segments = std::max<int64_t>(1, (keys + kExtendedKeys - 1) / kExtendedKeys); // a cache may be all room
+    const int64_t segments = (keys + kExtendedKeys - 1) / kExtendedKeys;
     if (auto* status = ForEach(&run, host, shared, &ExtendTask, segments * run.heads)) return status;
   }
   if (rows == 0) return nullptr;

@@ -27,7 +27,7 @@ enum class MaskTile : uint8_t {
 };
 
 // Checked, and not owned. B batches, S new tokens, P past ones, T = P + S keys, H query heads, N key heads. The past has
-// room for C keys: for P, or for T or more, where the present has that room too, and may be the same memory.
+// room for C keys: for P, or for T or more, and then the present is the same memory.
 struct Attention {
   int64_t batches, tokens, past, heads, key_heads;
   int64_t key_width, value_width; // D and E, of one head
@@ -51,7 +51,8 @@ struct Attention {
   float* present_value;  // (B, N, C or T, E)
 
   int64_t keys() const { return past + tokens; }
-  int64_t present_room() const { return past_room > past ? past_room : keys(); }
+  bool has_room() const { return past_room > past; } // for the new keys, in the past's memory
+  int64_t present_room() const { return has_room() ? past_room : keys(); }
   int64_t tiles_per_row() const { return (keys() + kTileKeys - 1) / kTileKeys; }
   int64_t group() const { return heads / key_heads; }
   int64_t rows() const { return tokens * group(); } // that meet one key head
@@ -115,8 +116,7 @@ inline int64_t TaskMemory(const Attention& attention, int64_t rows) {
 void Rotate(const Attention& attention, int64_t batch, int64_t token, const float* x, float scale, float* out,
             int64_t step);
 
-// Puts these keys of a head, past and new ones, and their values into the present ones; with the last keys, what the past
-// has in the room behind them. What is in its place already stays.
+// Puts these keys of a head, past and new ones, and their values into the present ones, but what is there already.
 void ExtendCache(const Attention& attention, int64_t batch, int64_t head, int64_t first_key, int64_t last_key);
 
 // Calculates y and the present keys and values; null where all is well. Each output is one task's, and tasks do not

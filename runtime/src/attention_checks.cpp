@@ -69,9 +69,9 @@ bool CheckPast(const Tensor* inputs, Attention* attention, Message* message) {
   attention->past = keys - attention->tokens;
   attention->past_room = room;
   if (attention->past < 0 || (room != attention->past && room < keys)) {
-    return message->Set("the last axis of mask, %" PRId64 ", must be that of past_key and %" PRId64
-                        " new tokens, or past_key have room for so many, but it has %" PRId64,
-                        keys, attention->tokens, room);
+    return message->Set("axis 3 of mask is %" PRId64 ", so axis 2 of past_key must be %" PRId64 ", without the %" PRId64
+                        " new tokens, or have room for all, but is %" PRId64,
+                        keys, attention->past, attention->tokens, room);
   }
   const int64_t widths[] = {attention->key_width, attention->value_width};
   for (int i = 0; i < 2; ++i) {

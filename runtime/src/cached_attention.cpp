@@ -1,5 +1,6 @@
 // CachedAttention and RotaryAttention: the attention of new tokens, which first join the cache of keys and values.
 
+#include <cinttypes>
 #include <iterator>
 
 #include "attention.h"
@@ -60,6 +61,14 @@ ort::Status* BLOCKPRESS_ORT_CALL Compute(void* self, ort::KernelContext* context
     return Fail(node, ort::kInvalidArgument, message.text());
   }
   if (auto* status = MakeOutputs(node, context, &attention)) return status;
+  const bool in_place = attention.present_key == attention.past_key && attention.present_value == attention.past_value;
+  if (attention.has_room() && !in_place) {
+    // Not a copy: a mask that is too short by mistake would look like room.
+    message.Set("past_key has %" PRId64 " places, mask says that %" PRId64
+                " tokens are past: a past with room must be the memory of the present, too",
+                attention.past_room, attention.past);
+    return Fail(node, ort::kInvalidArgument, message.text());
+  }
   Session session(node, context);
   return Attend(*node.kernels, attention, &session);
 }

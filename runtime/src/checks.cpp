@@ -29,15 +29,6 @@ int64_t BytesOf(ort::ElementType type) {
   }
 }
 
-bool CheckType(WeightInput which, const Tensor& tensor, ort::ElementType type, const char* type_name,
-               Message* message) {
-  return blockpress::CheckType(kNames[which], tensor, type, type_name, message);
-}
-
-bool CheckRank(WeightInput which, const Tensor& tensor, int64_t rank, Message* message) {
-  return blockpress::CheckRank(kNames[which], tensor, rank, message);
-}
-
 bool TakeValueType(const Tensor& values, ValueType* type, Message* message) {
   switch (values.type) {
     case ort::kFloat: *type = ValueType::kFloat32; return true;
@@ -53,19 +44,13 @@ bool TakeValueType(const Tensor& values, ValueType* type, Message* message) {
   }
 }
 
-bool CheckTypesAndRanks(const Tensor (&inputs)[kWeightInputs], Message* message) {
-  const bool known = CheckType(kMask, inputs[kMask], ort::kUint8, "uint8", message) &&
-                     CheckType(kOffsets, inputs[kOffsets], ort::kInt64, "int64", message) &&
-                     CheckType(kScales, inputs[kScales], ort::kFloat, "float32", message) &&
-                     CheckType(kBias, inputs[kBias], ort::kFloat, "float32", message) &&
-                     CheckRank(kMask, inputs[kMask], 2, message) && CheckRank(kValues, inputs[kValues], 1, message) &&
-                     CheckRank(kOffsets, inputs[kOffsets], 1, message) &&
-                     CheckRank(kScales, inputs[kScales], 2, message) && CheckRank(kBias, inputs[kBias], 1, message);
-  if (!known) return false;
-  for (int which = 0; which < kWeightInputs; ++which) {
-    if (!CheckAlignment(kNames[which], inputs[which], message)) return false;
-  }
-  return true;
+// The type of the values is known.
+bool CheckForms(const Tensor (&inputs)[kWeightInputs], Message* message) {
+  return CheckForm(kNames[kMask], inputs[kMask], ort::kUint8, "uint8", 2, message) &&
+         CheckForm(kNames[kValues], inputs[kValues], inputs[kValues].type, "", 1, message) &&
+         CheckForm(kNames[kOffsets], inputs[kOffsets], ort::kInt64, "int64", 1, message) &&
+         CheckForm(kNames[kScales], inputs[kScales], ort::kFloat, "float32", 2, message) &&
+         CheckForm(kNames[kBias], inputs[kBias], ort::kFloat, "float32", 1, message);
 }
 
 // Takes the shapes of scales and bias.
@@ -139,19 +124,15 @@ bool CheckOffsets(const Weight& weight, int64_t value_count, Message* message) {
 
 } // namespace
 
-bool CheckType(const char* name, const Tensor& tensor, ort::ElementType type, const char* type_name,
+bool CheckForm(const char* name, const Tensor& tensor, ort::ElementType type, const char* type_name, int64_t rank,
                Message* message) {
-  if (tensor.type == type) return true;
-  return message->Set("%s must be %s, but has element type %d of ONNX", name, type_name,
-                      static_cast<int>(tensor.type));
-}
-
-bool CheckRank(const char* name, const Tensor& tensor, int64_t rank, Message* message) {
-  if (tensor.rank == rank) return true;
-  return message->Set("%s must have %" PRId64 " axes, but has %" PRId64, name, rank, tensor.rank);
-}
-
-bool CheckAlignment(const char* name, const Tensor& tensor, Message* message) {
+  if (tensor.type != type) {
+    return message->Set("%s must be %s, but has element type %d of ONNX", name, type_name,
+                        static_cast<int>(tensor.type));
+  }
+  if (tensor.rank != rank) {
+    return message->Set("%s must have %" PRId64 " axes, but has %" PRId64, name, rank, tensor.rank);
+  }
   const int64_t bytes = BytesOf(tensor.type);
   if (reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(bytes) == 0) return true;
   return message->Set("%s lies at an address that is no multiple of %" PRId64
@@ -192,7 +173,7 @@ bool CheckAttributes(const Attributes& attributes, Message* message) {
 
 bool CheckWeight(const Attributes& attributes, const Tensor (&inputs)[kWeightInputs], Weight* weight,
                  Message* message) {
-  if (!TakeValueType(inputs[kValues], &weight->type, message) || !CheckTypesAndRanks(inputs, message)) return false;
+  if (!TakeValueType(inputs[kValues], &weight->type, message) || !CheckForms(inputs, message)) return false;
   weight->rows = inputs[kMask].dims[0];
   weight->columns = attributes.columns;
   if (inputs[kMask].dims[1] != weight->mask_row_bytes()) {

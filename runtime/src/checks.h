@@ -29,10 +29,9 @@ struct Attributes {
 
 constexpr int64_t kMaxColumns = INT32_MAX;
 
-// Whether the input of this name has the type, of that name, or the axes, or an address as its elements need it.
-bool CheckType(const char* name, const Tensor& tensor, ort::ElementType type, const char* type_name, Message* message);
-bool CheckRank(const char* name, const Tensor& tensor, int64_t rank, Message* message);
-bool CheckAlignment(const char* name, const Tensor& tensor, Message* message);
+// Whether the input of this name has this type, of that name, so many axes, and an address that fits its elements.
+bool CheckForm(const char* name, const Tensor& tensor, ort::ElementType type, const char* type_name, int64_t rank,
+               Message* message);
 
 bool CheckActivationBits(int64_t activation_bits, Message* message);
 

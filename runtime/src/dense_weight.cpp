@@ -4,26 +4,12 @@
 #include <cstring>
 
 namespace blockpress {
-namespace {
-
-constexpr const char* kNames[kDenseInputs] = {"weight", "scales", "bias"};
-
-bool CheckForms(const Tensor (&inputs)[kDenseInputs], Message* message) {
-  for (int which = 0; which < kDenseInputs; ++which) {
-    const bool values = which == kDenseValues;
-    if (!CheckType(kNames[which], inputs[which], values ? ort::kInt8 : ort::kFloat, values ? "int8" : "float32", message) ||
-        !CheckRank(kNames[which], inputs[which], values ? 2 : 1, message) ||
-        !CheckAlignment(kNames[which], inputs[which], message))
-      return false;
-  }
-  return true;
-}
-
-} // namespace
-
 bool DenseParts::Make(const Tensor (&inputs)[kDenseInputs], int64_t activation_bits, Weight* weight,
                       Message* message) {
-  if (!CheckForms(inputs, message)) return false;
+  if (!CheckForm("weight", inputs[kDenseValues], ort::kInt8, "int8", 2, message) ||
+      !CheckForm("scales", inputs[kDenseScales], ort::kFloat, "float32", 1, message) ||
+      !CheckForm("bias", inputs[kDenseBias], ort::kFloat, "float32", 1, message))
+    return false;
   const int64_t rows = inputs[kDenseValues].dims[0], columns = inputs[kDenseValues].dims[1];
   const int64_t scales = inputs[kDenseScales].dims[0], bias = inputs[kDenseBias].dims[0];
   if (columns < 1 || columns > kMaxColumns)

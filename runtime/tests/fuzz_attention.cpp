@@ -261,7 +261,7 @@ std::string CompareAttention(Random& random, const Kernels& kernels, double* wor
   attention.y = y.as<float>();
   attention.present_key = keys.as<float>();
   attention.present_value = values.as<float>();
-  if (!damaged && of.room >= of.keys() && of.tokens != 0 && Between(random, 0, 1) == 0) { // in the memory of the past
+  if (attention.has_room()) { // in the memory of the past
     const auto in_place = [&](AttentionInput which, const Block& memory, int64_t width) {
       std::memcpy(memory.as<float>(), of.at(which), static_cast<size_t>(cached * width) * 4);
       return memory.as<float>();

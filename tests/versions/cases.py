@@ -131,7 +131,7 @@ def _write_attention(folder: Path, case: AttentionCase, room: int) -> None:
             exact, terms = outputs[f"present_{part}"]
             outputs[f"present_{part}"] = (_with_places(exact, room), _with_places(terms, room, 1))
             given[f"past_{part}"] = _with_places(given[f"past_{part}"], case.tokens + room)
-    name = f"good-attention-{case.tokens}-{case.rotary_width}-{room}"
+    name = f"good-attention-{case.tokens}-{case.rotary_width}{'-in-place' if room else ''}"
     (folder / f"{name}.onnx").write_bytes(case.model().SerializeToString())
     arrays = dict(given)
     for number, (exact, terms) in enumerate(outputs.values(), 1):

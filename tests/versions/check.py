@@ -34,12 +34,29 @@ def relative_error(library: str, model: Path) -> float:
     session = open_session(library, model)
     inputs = {port.name: known[port.name] for port in session.get_inputs()}
     errors = []
-    for number, y in enumerate(session.run(None, inputs), 1):
+    outputs = run_in_place(session, inputs) if "in-place" in model.name else session.run(None, inputs)
+    for number, y in enumerate(outputs, 1):
         exact = known[f"y{number}"]
         if y.shape != exact.shape:
             raise ValueError(f"shape {y.shape}, not {exact.shape}")
         errors.append(float((np.abs(y - exact) / known[f"terms{number}"]).max()))
     return max(errors)
+
+
+def run_in_place(session: onnxruntime.InferenceSession, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """The outputs, of which those called present_X are the memory of the inputs past_X."""
+    binding = session.io_binding()
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    for port in session.get_outputs():
+        past = port.name.replace("present", "past")
+        if past in values:
+            binding.bind_ortvalue_output(port.name, values[past])
+        else:
+            binding.bind_output(port.name)
+    session.run_with_iobinding(binding)
+    return [value.numpy() for value in binding.get_outputs()]
 
 
 def main(library: str, folder: Path) -> int:
