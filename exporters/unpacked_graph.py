@@ -66,11 +66,10 @@ def unpack_graph(proto: onnx.ModelProto, stored: Mapping[str, StoredTensor]) -> 
         elif node.op_type == "Gather":
             work.widen_lookup(node)
     nodes = [new for node in proto.graph.node for new in work.replaced.get(id(node), [node])]
-    nodes = [NodeProto.FromString(node.SerializeToString()) for node in used_nodes(nodes, proto.graph)]
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
+    _keep_used(proto.graph, nodes)
     for entry in [entry for entry in proto.metadata_props if entry.key == CACHE_ROOM]:
         proto.metadata_props.remove(entry)  # only our own attention knows room
+        _read_past_from_cache(proto.graph)
     for entries in (proto.functions, proto.opset_import):
         for entry in [entry for entry in entries if entry.domain == DOMAIN]:
             entries.remove(entry)
@@ -215,6 +214,30 @@ class _Unpacking:
                 return None
             node = users[0]
         return node
+
+
+def _keep_used(graph: onnx.GraphProto, nodes: Sequence[NodeProto]) -> None:
+    """Give the graph these nodes, but for those that nothing uses."""
+    kept = [NodeProto.FromString(node.SerializeToString()) for node in used_nodes(nodes, graph)]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _read_past_from_cache(graph: onnx.GraphProto) -> None:
+    """Take the number of past tokens from the first cache, as a standard export does: the inverse of ``cache_room``."""
+    caches = [value.name for value in graph.input if len(value.type.tensor_type.shape.dim) == 4]
+    lengths = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "Shape"
+        and node.input
+        and [a.i for a in node.attribute if a.name == "start"] == [1]
+    }
+    for node in graph.node:
+        subtracted = [lengths.get(name) for name in node.input]
+        if caches and node.op_type == "Sub" and subtracted == ["attention_mask", "input_ids"]:
+            node.CopyFrom(helper.make_node("Shape", caches[:1], node.output, name=node.name, start=2, end=3))
+    _keep_used(graph, graph.node)
 
 
 def _transposed(tensor: StoredTensor) -> NDArray[np.float32]:
