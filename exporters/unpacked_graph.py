@@ -231,6 +231,7 @@ def _read_past_from_cache(graph: onnx.GraphProto) -> None:
         for node in graph.node
         if node.op_type == "Shape"
         and node.input
+        and node.output
         and [a.i for a in node.attribute if a.name == "start"] == [1]
     }
     for node in graph.node:
