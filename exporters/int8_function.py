@@ -37,6 +37,7 @@ _TEXT = """
 # Integers are multiplied as uint8, 128 more than they are: of uint8 by int8, ONNX Runtime's sums saturate on processors
 # without VNNI, and int8 by int8 is thirty times slower. Another top bit adds 128.
 _ROUNDED = """
+  zero_float = Constant <value = float {{0}}> ()
   middle = Constant <value = float {{128}}> ()
   middle_uint8 = Constant <value = uint8 {{128}}> ()
 {rounding}

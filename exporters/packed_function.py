@@ -41,6 +41,7 @@ _HEAD = """
   one_byte = Constant <value = uint8 {{1}}> ()
   half_byte = Constant <value = uint8 {{15}}> ()
   bit_places = Constant <value = uint8[8] {{0, 1, 2, 3, 4, 5, 6, 7}}> ()
+  zero_float = Constant <value = float {{0}}> ()
   scalar_zero = Constant <value = int64 {{0}}> ()
   scalar_two = Constant <value = int64 {{2}}> ()
   one_int = Constant <value = int32 {{1}}> ()
@@ -114,13 +115,9 @@ _HEAD = """
 }}
 """
 
-_ACTIVATIONS_FLOAT = """
-  zero_float = Constant <value = float {0}> ()
-  x_used = Identity (x_rows)
-"""
-# Each row of x_rows (M, K) to whole steps of its own; ``one`` is the number of the last axis.
+_ACTIVATIONS_FLOAT = "  x_used = Identity (x_rows)"
+# Each row of x_rows (M, K) to whole steps of its own, for a function that has ``one`` (int64 [1]) and ``zero_float``.
 ROUNDED_INPUTS = """
-  zero_float = Constant <value = float {0}> ()
   largest_int8 = Constant <value = float {127}> ()
   one_float = Constant <value = float {1}> ()
   x_magnitudes = Abs (x_rows)

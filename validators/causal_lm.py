@@ -31,13 +31,6 @@ class CacheSlot:
     present: str
 
 
-@dataclass(frozen=True)
-class RoomyCache:
-    """A KV cache with room for tokens to come, and the graph that extends it in place."""
-
-    bound: BoundSession
-
-
 class CausalLM:
     """The language model in a session.
 
@@ -111,19 +104,19 @@ class CausalLM:
         """Whether the graph extends a cache with room for more tokens in place: see ``with_room``."""
         return self.session.library and self.session.metadata.get(CACHE_ROOM) == "1"
 
-    def with_room(self, past: dict[str, Any], tokens: int) -> RoomyCache:
-        """The cache with room for so many tokens in all, which the steps that get it then extend in place."""
+    def with_room(self, past: dict[str, Any], tokens: int) -> BoundSession:
+        """The graph over this cache with room for so many tokens in all, which ``extend`` then extends in place."""
         shared = {}
         for slot in self.cache:
             array = past[slot.past.name].numpy()
             roomy = np.zeros((*array.shape[:2], tokens, array.shape[3]), array.dtype)
             roomy[:, :, : array.shape[2]] = array
             shared[slot.past.name] = (slot.present, self.session.value(roomy, slot.past))
-        return RoomyCache(self.session.bind("logits", shared))
+        return self.session.bind("logits", shared)
 
-    def extend(self, ids: Ids, attention_mask: Ids, cache: RoomyCache) -> Any:
+    def extend(self, ids: Ids, attention_mask: Ids, roomy: BoundSession) -> Any:
         """``step`` with a cache that has room: the logits; the cache then holds these tokens too."""
-        return cache.bound.run(self._plain_feeds(ids, attention_mask))
+        return roomy.run(self._plain_feeds(ids, attention_mask))
 
     def step(self, ids: Ids, attention_mask: Ids, past: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """One run of the graph as a server makes it: the logits, not converted, and the cache with these tokens.

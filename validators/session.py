@@ -177,7 +177,8 @@ class BoundSession:
     """A session of which some inputs and outputs share their memory from run to run."""
 
     def __init__(self, path: Path, session: Any, output: str, shared: Mapping[str, tuple[str, Any]]) -> None:
-        self._path, self._session, self._output, self._shared = path, session, output, shared
+        self._path, self._session, self._output = path, session, output
+        self._shared = shared  # the binding alone does not keep their memory
         self._binding = session.io_binding()
         self._binding.bind_output(output)
         for name, (written, value) in shared.items():

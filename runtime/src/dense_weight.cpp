@@ -4,6 +4,7 @@
 #include <cstring>
 
 namespace blockpress {
+
 bool DenseParts::Make(const Tensor (&inputs)[kDenseInputs], int64_t activation_bits, Weight* weight,
                       Message* message) {
   if (!CheckForm("weight", inputs[kDenseValues], ort::kInt8, "int8", 2, message) ||

@@ -20,9 +20,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from validators.causal_lm import CausalLM, RoomyCache
+from validators.causal_lm import CausalLM
 from validators.errors import ValidationError, ValidationResourceError
 from validators.session import (
+    BoundSession,
     Session,
     import_onnxruntime,
     is_out_of_memory,
@@ -108,7 +109,7 @@ class Worker:
         )
         mask = np.ones_like(ids)
         past: dict[str, Any] = {}
-        roomy: RoomyCache | None = None
+        roomy: BoundSession | None = None
         stops = [prompt_tokens, *range(prompt_tokens + 1, prompt_tokens + decode_tokens + 1)]
         seconds, start = [], 0
         for stop in stops:
