@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,10 @@ def main() -> int:
     parser.add_argument("releases", nargs="*", metavar="RELEASE")
     asked = parser.parse_args()
     cases = asked.folder / "cases"
-    cases.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(
+        cases, ignore_errors=True
+    )  # those of an earlier library, which may not be what this one makes
+    cases.mkdir(parents=True)
     write_cases(cases)
     print(
         "| ONNX Runtime | numpy | right | broken refused | largest error |\n|---|---|---|---|---|", flush=True
