@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import tiny_models
+from cli_fakes import Terminal
 from workshop import Workshop, contents
 
 from compressor import CompressionResult, compress, export
@@ -78,6 +80,18 @@ def test_quantized_folder_holds_multiples_of_its_scales(int8: CompressionResult)
     steps = tensors[name].load() / quantization.weights[name].scales
     assert np.abs(steps - np.rint(steps)).max() < 1e-3
     assert np.abs(steps).max() == pytest.approx(127, abs=1e-3)
+
+
+def test_bench_counts_mapped_pages_of_a_relative_path(
+    int8: CompressionResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Packed weights are used where they are mapped; workers find their pages though they run in another folder."""
+    pytest.importorskip("blockpress_runtime", reason="needs the operator library")
+    monkeypatch.chdir(int8.out.parent)
+    quick = ("--rounds", "1", "--loads", "1", "--threads", "1", "--prompt-tokens", "2", "--decode-tokens", "2")
+    ended = Terminal(capsys).run("bench", int8.out.name, "--make", "none", *quick, "--json")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["models"][0]["mapped_bytes"] > 0
 
 
 @pytest.mark.parametrize(("variant", "dtype"), [("mixtral", "int8"), ("qwen3_moe", "int4")])

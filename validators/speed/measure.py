@@ -51,7 +51,7 @@ class _Running:
         turn = {"decode_tokens": _WARM_UP_STEPS, "seed": workload.seed}
         # A prompt of one token: what the model takes by itself, without the activations of long prompts.
         self.worker.ask("turn", batch=1, prompt_tokens=1, **turn)
-        files = [str(path) for path in (self.contents.path, *self.contents.data_files)]
+        files = [str(path.resolve()) for path in (self.contents.path, *self.contents.data_files)]
         self.memory = self.worker.ask("memory", files=files)
         for batch in workload.batches:
             self.worker.ask("turn", batch=batch, prompt_tokens=workload.prompt_tokens, **turn)
