@@ -137,10 +137,10 @@ def test_language_models_extend_their_cache_in_place(tmp_path: Path, monkeypatch
         grown, past = model.grow({name: torch.from_numpy(array) for name, array in tokens.items()}, past)
         np.testing.assert_array_equal(generating.next_logits(ids[0, start:stop].tolist()), grown[0, -1])
         if roomy is None:
-            logits, kept = validated.step(ids[:, start:stop], mask, {})
+            logits, kept = validated.step(validated.feeds(ids[:, start:stop], mask), {})
             roomy = validated.with_room(kept, 15)
         else:
-            logits = validated.extend(ids[:, start:stop], mask, roomy)
+            logits = roomy.run(validated.feeds(ids[:, start:stop], mask))
         np.testing.assert_array_equal(logits.numpy(), grown)
     assert generating._room == 26  # it was moved when it had room for twelve and the thirteenth came
 

@@ -90,7 +90,8 @@ class CausalLM:
         past: dict[str, Any] = {}
         parts: dict[str, list[Floats]] = {name: [] for name in outputs}
         for start, stop in calls_of(length, prefix):
-            values = self._call(ids[:, start:stop], mask[:, :stop], past, outputs, keep_cache=stop < length)
+            feeds = self.feeds(ids[:, start:stop], mask[:, :stop])
+            values = self._call(feeds, past, outputs, keep_cache=stop < length)
             for name in outputs:
                 part = to_float32(values[name])
                 if part.shape[:2] != (batch, stop - start):
@@ -105,7 +106,10 @@ class CausalLM:
         return self.session.library and self.session.metadata.get(CACHE_ROOM) == "1"
 
     def with_room(self, past: dict[str, Any], tokens: int) -> BoundSession:
-        """The graph over this cache with room for so many tokens in all, which ``extend`` then extends in place."""
+        """The graph over this cache with room for so many tokens in all, which each run extends in place.
+
+        Its ``run`` takes what ``feeds`` makes, and gives the logits.
+        """
         shared = {}
         for slot in self.cache:
             array = past[slot.past.name].numpy()
@@ -114,35 +118,30 @@ class CausalLM:
             shared[slot.past.name] = (slot.present, self.session.value(roomy, slot.past))
         return self.session.bind("logits", shared)
 
-    def extend(self, ids: Ids, attention_mask: Ids, roomy: BoundSession) -> Any:
-        """``step`` with a cache that has room: the logits; the cache then holds these tokens too."""
-        return roomy.run(self._plain_feeds(ids, attention_mask))
-
-    def step(self, ids: Ids, attention_mask: Ids, past: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def step(self, feeds: dict[str, Any], past: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """One run of the graph as a server makes it: the logits, not converted, and the cache with these tokens.
 
         Args:
-            ids: (B, new tokens) int64.
-            attention_mask: (B, past + new tokens) int64.
+            feeds: What ``feeds`` has made of the new tokens and the mask over them and the past ones.
             past: The cache that the last step left; empty at the start.
         """
-        values = self._call(ids, attention_mask, past, ["logits"], keep_cache=True)
+        values = self._call(feeds, past, ["logits"], keep_cache=True)
         return values["logits"], {slot.past.name: values[slot.present] for slot in self.cache}
 
     def _call(
-        self, ids: Ids, mask: Ids, past: dict[str, Any], outputs: Sequence[str], *, keep_cache: bool
+        self, feeds: dict[str, Any], past: dict[str, Any], outputs: Sequence[str], *, keep_cache: bool
     ) -> dict[str, Any]:
-        """One run of the graph. ``ids``: (B, new tokens); ``mask``: (B, past + new tokens)."""
-        feeds = {**self._plain_feeds(ids, mask), **(past or self._empty_cache(ids.shape[0]))}
+        """One run of the graph."""
+        past = past or self._empty_cache(feeds["input_ids"].shape()[0])
         presents = [slot.present for slot in self.cache] if keep_cache else []
-        values = self.session.run(feeds, [*outputs, *presents])
+        values = self.session.run({**feeds, **past}, [*outputs, *presents])
         for slot in self.cache if keep_cache else ():
             _, heads, _, head_dim = values[slot.present].shape()
             self._head_shapes[slot.past.name] = (heads, head_dim)
         return values
 
-    def _plain_feeds(self, ids: Ids, mask: Ids) -> dict[str, Any]:
-        """The inputs without the cache."""
+    def feeds(self, ids: Ids, mask: Ids) -> dict[str, Any]:
+        """The inputs of a run without the cache. ``ids``: (B, new tokens); ``mask``: (B, past + new tokens)."""
         session = self.session
         plain = {
             "input_ids": ids,

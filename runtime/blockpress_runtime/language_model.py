@@ -135,7 +135,8 @@ class LanguageModel:
             self._binding.bind_ortvalue_input(name, value)
         self._binding.bind_output("logits")
         self._session.run_with_iobinding(self._binding)
-        return self._binding.get_outputs()[0]
+        # The one output without a wrapper for each of the others, which takes longer than a small model's run.
+        return self._binding.get_outputs_as_ortvaluevector()[0]
 
     def _make_room(self, tokens: int) -> None:
         """Move the cache to where there is room for so many tokens."""

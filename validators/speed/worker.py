@@ -99,7 +99,7 @@ class Worker:
         """Prefill a prompt of random tokens, then decode random tokens one by one; seconds of each.
 
         The next token is looked for in the logits, as a server does, but a random one is fed: so every model computes
-        the same, whatever it would have said. A cache that the graph can extend in place gets room for all tokens, as
+        the same, whatever it would have said, and inputs are made before the clock runs. A cache that the graph can extend in place gets room for all tokens, as
         a part of the prefill.
         """
         assert self._model is not None
@@ -113,11 +113,12 @@ class Worker:
         stops = [prompt_tokens, *range(prompt_tokens + 1, prompt_tokens + decode_tokens + 1)]
         seconds, start = [], 0
         for stop in stops:
+            feeds = model.feeds(ids[:, start:stop], mask[:, :stop])
             began = time.perf_counter()
             if roomy is not None:
-                logits = model.extend(ids[:, start:stop], mask[:, :stop], roomy)
+                logits = roomy.run(feeds)
             else:
-                logits, past = model.step(ids[:, start:stop], mask[:, :stop], past)
+                logits, past = model.step(feeds, past)
                 roomy = model.with_room(past, stops[-1]) if model.has_cache_room else None
             to_float32(logits)[:, -1].argmax(axis=-1)
             seconds.append(time.perf_counter() - began)
