@@ -88,7 +88,7 @@ def test_bench_counts_mapped_pages_of_a_relative_path(
     """Packed weights are used where they are mapped; workers find their pages though they run in another folder."""
     pytest.importorskip("blockpress_runtime", reason="needs the operator library")
     monkeypatch.chdir(int8.out.parent)
-    quick = "--rounds 1 --loads 1 --threads 1 --prompt-tokens 2 --decode-tokens 2".split()
+    quick = ("--rounds", "1", "--loads", "1", "--prompt-tokens", "2", "--decode-tokens", "2")
     ended = Terminal(capsys).run("bench", int8.out.name, "--make", "none", *quick, "--json")
     assert ended.code == 0, ended.err
     assert json.loads(ended.out)["models"][0]["mapped_bytes"] > 0

@@ -98,9 +98,9 @@ class Worker:
     def turn(self, batch: int, prompt_tokens: int, decode_tokens: int, seed: int) -> dict[str, Any]:
         """Prefill a prompt of random tokens, then decode random tokens one by one; seconds of each.
 
-        The next token is looked for in the logits, as a server does, but a random one is fed: so every model computes
-        the same, whatever it would have said, and inputs are made before the clock runs. A cache that the graph can extend in place gets room for all tokens, as
-        a part of the prefill.
+        Inputs are made before the clock runs. The next token is looked for in the logits, as a server does, but a
+        random one is fed: so every model computes the same, whatever it would have said. A cache that the graph can
+        extend in place gets room for all tokens, as a part of the prefill.
         """
         assert self._model is not None
         model = self._model
