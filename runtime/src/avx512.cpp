@@ -10,6 +10,7 @@
 #include <cmath>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "bits.h"
 #include "kernels.h"
@@ -81,19 +82,38 @@ struct Avx512 {
     return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(static_cast<char>(0x80)), w);
   }
 
-  template <ValueType, int Rows> struct Dots {
-    Bytes sums[Rows];
-    Bytes too_much;
-    Dots() { Clear(); }
-    void Clear() {
-      too_much = _mm512_setzero_si512();
-      for (auto& sum : sums) sum = _mm512_setzero_si512();
+  // A sum, or two that take turns, as one waits several cycles for its last product. Loops over two pieces at a time need
+  // no instruction for that.
+  template <bool two> class Sums32 {
+  public:
+    Sums32() : next_(_mm512_setzero_si512()), other_(_mm512_setzero_si512()) {}
+    template <class Add> void Next(Add add) {
+      next_ = add(next_);
+      if (two) std::swap(next_, other_);
     }
+    Bytes Total() const { return two ? _mm512_add_epi32(next_, other_) : next_; }
+
+  private:
+    Bytes next_, other_;
+  };
+
+  template <ValueType type, int Rows> class Dots {
+    static constexpr bool kTwo = type != ValueType::kInt4; // whose groups mostly are a piece
+
+  public:
+    Dots() {}
+    void Clear() { *this = Dots(); }
     void Add(int, Bytes w, const int8_t* x, int64_t stride) {
-      too_much = Add128(too_much, w);
-      for (int i = 0; i < Rows; ++i) sums[i] = _mm512_dpbusd_epi32(sums[i], LoadPlus128(x + i * stride), w);
+      too_much_.Next([&](Bytes sum) { return Add128(sum, w); });
+      for (int i = 0; i < Rows; ++i)
+        sums_[i].Next([&](Bytes sum) { return _mm512_dpbusd_epi32(sum, LoadPlus128(x + i * stride), w); });
     }
-    Floats Sums(int i) const { return _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[i], too_much)); }
+    Floats Sums(int i) const {
+      return _mm512_cvtepi32_ps(_mm512_sub_epi32(sums_[i].Total(), too_much_.Total()));
+    }
+
+  private:
+    Sums32<kTwo> sums_[Rows], too_much_;
   };
 
   static void ArrangePiece(int8_t*) {} // as it is
@@ -147,8 +167,15 @@ struct Avx512 {
     Bytes x_, eights_;
   };
 
+  // Zeros of which the compiler does not know that they are. Zen 4 and 5 let an expansion that fills up with zeros by
+  // itself wait for what its register held before, five times as long as one that takes them from another register.
   struct Constants {
-    Constants() {}
+    Bytes zeros;
+    Constants() : zeros(_mm512_setzero_si512()) {
+#if defined(__GNUC__) && !defined(BLOCKPRESS_EMULATED_AVX512)
+      asm("" : "+v"(zeros));
+#endif
+    }
   };
   template <ValueType type> struct Scratch {};
 
@@ -156,7 +183,8 @@ struct Avx512 {
     static constexpr int64_t kElement = ElementBytes(type);
 
   public:
-    Cursor(const Constants&, const uint8_t* values, const uint8_t*, Scratch<type>*) : values_(values) {}
+    Cursor(const Constants& constants, const uint8_t* values, const uint8_t*, Scratch<type>*)
+        : zeros_(constants.zeros), values_(values) {}
 
     static int64_t RowBytes(const MaskRow& mask, int64_t pieces) {
       int64_t bytes = 0;
@@ -173,13 +201,14 @@ struct Avx512 {
         for (int j = 0; j < 4; ++j) {
           const uint8_t* part = values_ + (starts >> (16 * j) & 0xff) * kElement;
           const Floats packed = _mm512_loadu_ps(reinterpret_cast<const float*>(part));
-          use(j, _mm512_maskz_expand_ps(static_cast<__mmask16>(word >> (16 * j)), packed));
+          const auto mask = static_cast<__mmask16>(word >> (16 * j));
+          use(j, _mm512_mask_expand_ps(_mm512_castsi512_ps(zeros_), mask, packed));
         }
       } else if constexpr (type == ValueType::kFloat16 || type == ValueType::kBfloat16) {
         const int64_t low = CountBits(word & 0xffffffffu);
         for (int half = 0; half < 2; ++half) {
           const Bytes packed = _mm512_loadu_si512(values_ + (half == 0 ? 0 : low * kElement));
-          const Bytes halves = _mm512_maskz_expand_epi16(static_cast<__mmask32>(word >> (32 * half)), packed);
+          const Bytes halves = _mm512_mask_expand_epi16(zeros_, static_cast<__mmask32>(word >> (32 * half)), packed);
           use(2 * half, FromHalves(_mm512_castsi512_si256(halves)));
           use(2 * half + 1, FromHalves(_mm512_extracti64x4_epi64(halves, 1)));
         }
@@ -229,9 +258,10 @@ struct Avx512 {
       } else {
         packed = _mm512_loadu_si512(values_);
       }
-      return _mm512_maskz_expand_epi8(word, packed);
+      return _mm512_mask_expand_epi8(zeros_, word, packed);
     }
 
+    const Bytes zeros_;
     const uint8_t* values_;
   };
 };

@@ -35,9 +35,9 @@ template <class T, class V, class F> V Each(F f) {
   }
   return v;
 }
-template <class T, class V> V ExpandAs(uint64_t mask, const V& packed) {
+template <class T, class V> V ExpandAs(const V& others, uint64_t mask, const V& packed) {
   int next = 0;
-  return Each<T, V>([&](int i) { return (mask >> i & 1) != 0 ? Get<T>(packed, next++) : T{0}; });
+  return Each<T, V>([&](int i) { return (mask >> i & 1) != 0 ? Get<T>(packed, next++) : Get<T>(others, i); });
 }
 
 } // namespace blockpress_emulated
@@ -173,14 +173,14 @@ inline __m512i _mm512_dpbusd_epi32(const __m512i& sums, const __m512i& a, const 
     return sum;
   });
 }
-inline __m512 _mm512_maskz_expand_ps(__mmask16 mask, const __m512& v) {
-  return blockpress_emulated::ExpandAs<float>(mask, v);
+inline __m512 _mm512_mask_expand_ps(const __m512& others, __mmask16 mask, const __m512& v) {
+  return blockpress_emulated::ExpandAs<float>(others, mask, v);
 }
-inline __m512i _mm512_maskz_expand_epi16(__mmask32 mask, const __m512i& v) {
-  return blockpress_emulated::ExpandAs<uint16_t>(mask, v);
+inline __m512i _mm512_mask_expand_epi16(const __m512i& others, __mmask32 mask, const __m512i& v) {
+  return blockpress_emulated::ExpandAs<uint16_t>(others, mask, v);
 }
-inline __m512i _mm512_maskz_expand_epi8(__mmask64 mask, const __m512i& v) {
-  return blockpress_emulated::ExpandAs<uint8_t>(mask, v);
+inline __m512i _mm512_mask_expand_epi8(const __m512i& others, __mmask64 mask, const __m512i& v) {
+  return blockpress_emulated::ExpandAs<uint8_t>(others, mask, v);
 }
 inline __m128i _mm512_cvtepi32_epi8(const __m512i& v) {
   return blockpress_emulated::Each<int8_t, __m128i>([&](int i) { return blockpress_emulated::Get<int32_t>(v, i); });
