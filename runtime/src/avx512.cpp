@@ -82,14 +82,14 @@ struct Avx512 {
     return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(static_cast<char>(0x80)), w);
   }
 
-  // A sum, or two that take turns, as one waits several cycles for its last product. Loops over two pieces at a time need
-  // no instruction for that.
+  // A sum, or two that take turns, as one waits several cycles for its last product. Loops over two pieces at a time
+  // need no instruction for that.
   template <bool two> class Sums32 {
   public:
     Sums32() : next_(_mm512_setzero_si512()), other_(_mm512_setzero_si512()) {}
     template <class Add> void Next(Add add) {
       next_ = add(next_);
-      if (two) std::swap(next_, other_);
+      if constexpr (two) std::swap(next_, other_);
     }
     Bytes Total() const { return two ? _mm512_add_epi32(next_, other_) : next_; }
 
@@ -101,7 +101,7 @@ struct Avx512 {
     static constexpr bool kTwo = type != ValueType::kInt4; // whose groups mostly are a piece
 
   public:
-    Dots() {}
+    Dots() {} // written out, as an implicit one would be compiled without these instructions
     void Clear() { *this = Dots(); }
     void Add(int, Bytes w, const int8_t* x, int64_t stride) {
       too_much_.Next([&](Bytes sum) { return Add128(sum, w); });
@@ -168,7 +168,7 @@ struct Avx512 {
   };
 
   // Zeros of which the compiler does not know that they are. Zen 4 and 5 let an expansion that fills up with zeros by
-  // itself wait for what its register held before, five times as long as one that takes them from another register.
+  // itself wait for what its register held before; one that takes the zeros from another register does not wait.
   struct Constants {
     Bytes zeros;
     Constants() : zeros(_mm512_setzero_si512()) {
