@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from exporters import trace
 
-_OF_THE_FOLDER = ("_name_or_path", "transformers_version")
+_OF_THE_FOLDER = ("_name_or_path", "architectures", "transformers_version")
 Traced = Callable[..., ir.Model]
 SHARED_FOLDER = "BLOCKPRESS_TEST_TRACES"  # set where several processes test side by side (conftest.py)
 
